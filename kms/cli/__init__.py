@@ -1,0 +1,1 @@
+"""The three commands. The only code that prints or exits."""

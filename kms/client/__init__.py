@@ -1,0 +1,1 @@
+"""What programs use to talk to a mini-kms server."""

@@ -1,0 +1,51 @@
+"""The client-facing ciphertext: which key, then the envelope under it.
+
+    02 version | N, 1 byte (1..255) | N bytes of UTF-8 group name | KEK version, 8 bytes big-endian | inner envelope
+
+The kek_id travels inside the ciphertext, so a rotation strands nothing. It is not secret, and it needs no
+authentication of its own: changed, it names another key, under which the envelope does not open.
+"""
+
+from __future__ import annotations
+
+from typing import Final, NamedTuple
+
+from kms.core.envelope import OVERHEAD_BYTES
+from kms.errors import DecryptionFailedError
+from kms.limits import MAX_GROUP_NAME_BYTES, MAX_VERSION
+
+FORMAT: Final = 2
+
+
+class Ciphertext(NamedTuple):
+    """A ciphertext taken apart. `envelope` is not yet verified."""
+
+    group: str
+    version: int
+    envelope: bytes
+
+
+def header(group: str, version: int) -> bytes:
+    """What stands in front of every envelope under this key. Raises `ValueError` for an impossible name or number."""
+    name = group.encode("utf-8")
+    if not 1 <= len(name) <= MAX_GROUP_NAME_BYTES:
+        raise ValueError("a group name has 1 to 255 bytes")
+    if not 1 <= version <= MAX_VERSION:
+        raise ValueError("a version is 1 to 2^63-1")
+    return bytes((FORMAT, len(name))) + name + version.to_bytes(8, "big")
+
+
+def parse(blob: bytes) -> Ciphertext:
+    """Take a ciphertext apart; raises `DecryptionFailedError` for anything that is not one."""
+    if len(blob) < 2 or blob[0] != FORMAT:
+        raise DecryptionFailedError
+    name_end = 2 + blob[1]
+    envelope_start = name_end + 8
+    if name_end == 2 or len(blob) < envelope_start + OVERHEAD_BYTES:
+        raise DecryptionFailedError
+    try:
+        group = blob[2:name_end].decode("utf-8")
+    except UnicodeDecodeError:
+        raise DecryptionFailedError from None
+    version = int.from_bytes(blob[name_end:envelope_start], "big")
+    return Ciphertext(group, version, blob[envelope_start:])

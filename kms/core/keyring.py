@@ -1,0 +1,218 @@
+"""The keyring: frozen values, and the transitions between them as pure functions.
+
+The rules, for each group:
+
+- exactly one version is ACTIVE (encrypts and decrypts); the others are ENABLED (decrypt only), DISABLED (do nothing,
+  reversibly) or DESTROYED (their key is gone for good; the number stays as a tombstone and is never used again);
+- create makes v1 ACTIVE, and is refused when the name exists; a group never disappears, so a name is never reused;
+- rotate makes v(max+1) ACTIVE and the former ACTIVE version ENABLED;
+- disable takes ENABLED or DISABLED to DISABLED; the ACTIVE version is refused, since the group could not encrypt;
+- enable takes DISABLED or ENABLED to ENABLED, and leaves ACTIVE as it is;
+- destroy takes ENABLED, DISABLED or DESTROYED to DESTROYED; the ACTIVE version is refused;
+- what is DESTROYED never comes back.
+
+A transition that changes nothing returns the very same keyring, so that nobody saves for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from typing import Final, NamedTuple
+
+from kms.core import ciphertext
+from kms.core.envelope import EnvelopeKey
+from kms.errors import InvalidRequestError
+from kms.limits import MAX_GROUP_NAME_BYTES, MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
+
+_GROUP_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+class VersionStatus(StrEnum):
+    """The state of a KEK version."""
+
+    ACTIVE = "ACTIVE"
+    ENABLED = "ENABLED"
+    DISABLED = "DISABLED"
+    DESTROYED = "DESTROYED"
+
+
+class NewKek(NamedTuple):
+    """A fresh KEK in its two forms."""
+
+    key: EnvelopeKey
+    wrapped: bytes
+
+
+Mint = Callable[[str, int], NewKek]
+"""Makes the KEK of a group's version, wrapped for that slot. A parameter, so that transitions stay pure."""
+
+
+@dataclass(frozen=True, slots=True)
+class KeyVersion:
+    """One KEK. `key` and `wrapped` are None exactly when it is DESTROYED; `created_at` is in epoch seconds."""
+
+    version: int
+    status: VersionStatus
+    created_at: int
+    wrapped: bytes | None
+    key: EnvelopeKey | None = field(compare=False)
+    ciphertext_header: bytes = field(compare=False, repr=False)
+
+    @classmethod
+    def build(
+        cls,
+        group: str,
+        version: int,
+        status: VersionStatus,
+        created_at: int,
+        wrapped: bytes | None,
+        key: EnvelopeKey | None,
+    ) -> KeyVersion:
+        return cls(version, status, created_at, wrapped, key, ciphertext.header(group, version))
+
+    @property
+    def decrypts(self) -> bool:
+        return self.status in (VersionStatus.ACTIVE, VersionStatus.ENABLED)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyGroup:
+    """A named key. `versions` maps each number ever used to its version, in ascending order."""
+
+    key_id: str
+    created_at: int
+    active: KeyVersion
+    versions: Mapping[int, KeyVersion]
+
+
+@dataclass(frozen=True, slots=True)
+class Keyring:
+    """All groups, in the order they were made. `generation` counts the saves."""
+
+    generation: int
+    groups: Mapping[str, KeyGroup]
+
+    def keys(self) -> Iterator[EnvelopeKey]:
+        """Every live KEK, to be wiped at the end."""
+        for group in self.groups.values():
+            for version in group.versions.values():
+                if version.key is not None:
+                    yield version.key
+
+
+@dataclass(frozen=True, slots=True)
+class CreateGroup:
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class RotateGroup:
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class DisableVersion:
+    group: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class EnableVersion:
+    group: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class DestroyVersion:
+    group: str
+    version: int
+
+
+Command = CreateGroup | RotateGroup | DisableVersion | EnableVersion | DestroyVersion
+EMPTY: Final = Keyring(generation=0, groups={})
+
+
+def check_new_name(name: str) -> None:
+    """Raise `InvalidRequestError` unless `name` may be given to a group made here."""
+    if _GROUP_NAME.fullmatch(name) is None:
+        raise InvalidRequestError("keyId: a name has 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit")
+
+
+def is_possible_name(name: str) -> bool:
+    """Whether a keystore may hold this name: any non-blank one of up to 255 bytes, since migrated names keep working."""
+    return bool(name.strip()) and len(name.encode("utf-8", "replace")) <= MAX_GROUP_NAME_BYTES
+
+
+def apply(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> Keyring:
+    """The keyring after `command` at `now` (epoch seconds); raises `InvalidRequestError` when the rules refuse it.
+
+    The generation stays as it is: several commands may share one save.
+    """
+    match command:
+        case CreateGroup(name):
+            return _put(keyring, _created(keyring, name, now, mint))
+        case RotateGroup(name):
+            return _put(keyring, _rotated(_find(keyring, name), now, mint))
+        case DisableVersion(name, number):
+            return _with_status(keyring, _find(keyring, name), number, VersionStatus.DISABLED)
+        case EnableVersion(name, number):
+            return _with_status(keyring, _find(keyring, name), number, VersionStatus.ENABLED)
+        case DestroyVersion(name, number):
+            return _with_status(keyring, _find(keyring, name), number, VersionStatus.DESTROYED)
+
+
+def _find(keyring: Keyring, name: str) -> KeyGroup:
+    group = keyring.groups.get(name)
+    if group is None:
+        raise InvalidRequestError("keyId: no such key group")
+    return group
+
+
+def _put(keyring: Keyring, group: KeyGroup) -> Keyring:
+    return replace(keyring, groups={**keyring.groups, group.key_id: group})
+
+
+def _created(keyring: Keyring, name: str, now: int, mint: Mint) -> KeyGroup:
+    check_new_name(name)
+    if name in keyring.groups:
+        raise InvalidRequestError("keyId: the key group exists already")
+    if len(keyring.groups) >= MAX_KEY_GROUPS:
+        raise InvalidRequestError(f"keyId: there are {MAX_KEY_GROUPS} key groups, the most a keystore holds")
+    active = _minted(name, 1, now, mint)
+    return KeyGroup(name, now, active, {1: active})
+
+
+def _rotated(group: KeyGroup, now: int, mint: Mint) -> KeyGroup:
+    highest = max(group.versions)
+    if highest >= MAX_VERSION or len(group.versions) >= MAX_VERSIONS_PER_GROUP:
+        raise InvalidRequestError("keyId: the key group has as many versions as it can hold; create another")
+    retired = replace(group.active, status=VersionStatus.ENABLED)
+    active = _minted(group.key_id, highest + 1, now, mint)
+    versions = {**group.versions, retired.version: retired, active.version: active}
+    return replace(group, active=active, versions=versions)
+
+
+def _minted(group: str, version: int, now: int, mint: Mint) -> KeyVersion:
+    kek = mint(group, version)
+    return KeyVersion.build(group, version, VersionStatus.ACTIVE, now, kek.wrapped, kek.key)
+
+
+def _with_status(keyring: Keyring, group: KeyGroup, number: int, status: VersionStatus) -> Keyring:
+    version = group.versions.get(number)
+    if version is None:
+        raise InvalidRequestError("version: no such version in this key group")
+    if version.status is VersionStatus.ACTIVE:
+        if status is VersionStatus.ENABLED:
+            return keyring
+        raise InvalidRequestError("version: it is ACTIVE; rotate the group first")
+    if version.status is status:
+        return keyring
+    if version.status is VersionStatus.DESTROYED:
+        raise InvalidRequestError("version: it is DESTROYED, which cannot be undone")
+    changed = replace(version, status=status)
+    if status is VersionStatus.DESTROYED:
+        changed = replace(changed, wrapped=None, key=None)
+    return _put(keyring, replace(group, versions={**group.versions, number: changed}))

@@ -1,0 +1,174 @@
+"""The one tree of errors.
+
+Each error that crosses the wire owns its code; each error that ends a command owns its exit status. Errors are
+translated at a boundary, never in the middle: the daemon turns a `WireError` into an error reply, the command
+lines turn any `KmsError` into one line on stderr and its `exit_code`. Messages never hold a secret.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+EXIT_OK = 0
+EXIT_REFUSED = 1
+EXIT_WRONG_PASSPHRASE = 2
+EXIT_USAGE = 64
+EXIT_BAD_INPUT = 65
+EXIT_NO_INPUT = 66
+EXIT_UNREACHABLE = 69
+EXIT_INTERNAL = 70
+EXIT_IO = 74
+EXIT_LOCKED = 75
+EXIT_PERMISSION = 77
+
+
+class KmsError(Exception):
+    """The root of the tree: catch it, never raise it. `exit_code` is the status a command ends with."""
+
+    exit_code: ClassVar[int] = EXIT_INTERNAL
+
+
+class WireError(KmsError):
+    """An error a server answers with. `code` is its `errorCode` on the wire; the text is its `message`."""
+
+    code: ClassVar[str]
+    exit_code = EXIT_REFUSED
+
+
+class AuthFailedError(WireError):
+    """The token is missing, wrong, or of the other plane."""
+
+    code = "AuthFailed"
+    exit_code = EXIT_PERMISSION
+
+
+class UnauthorizedError(WireError):
+    """Authenticated, but the policy forbids this operation on this group."""
+
+    code = "Unauthorized"
+    exit_code = EXIT_PERMISSION
+
+
+class InvalidRequestError(WireError):
+    """The request breaks a rule that the message names: its form, a name, or a state change that is refused."""
+
+    code = "InvalidRequest"
+
+
+class DecryptionFailedError(WireError):
+    """A ciphertext does not open.
+
+    It takes no reason on purpose: whether the key was wrong, the AAD, the bytes or the version's state is what an
+    attacker who can submit ciphertexts wants to learn (a decryption oracle), so there is exactly one message.
+    """
+
+    code = "DecryptionFailed"
+
+    def __init__(self) -> None:
+        super().__init__("decryption failed")
+
+
+class FrameTooLargeError(WireError):
+    """One line is longer than the frame limit. The server closes the connection after saying so."""
+
+    code = "FrameTooLarge"
+
+
+class InternalError(WireError):
+    """A fault of the server. What happened is in its log, not in the message."""
+
+    code = "InternalError"
+    exit_code = EXIT_INTERNAL
+
+
+class ConfigError(KmsError):
+    """A flag, an environment variable or a combination of them cannot be used."""
+
+    exit_code = EXIT_USAGE
+
+
+class WrongPassphraseError(KmsError):
+    """The passphrase does not open this keystore."""
+
+    exit_code = EXIT_WRONG_PASSPHRASE
+
+
+class InputError(KmsError):
+    """An input is not what it should be: not a container, too large, not a regular file."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class InputMissingError(InputError):
+    """An input file does not exist."""
+
+    exit_code = EXIT_NO_INPUT
+
+
+class KeystoreError(KmsError):
+    """The keystore cannot be used as it is: altered, cut short, or of an unknown format. Nothing was changed."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
+class KeystoreLockedError(KmsError):
+    """Another process holds the keystore."""
+
+    exit_code = EXIT_LOCKED
+
+
+class SaveFailedError(KmsError):
+    """A save failed before its rename: the old keystore is still the one in force."""
+
+    exit_code = EXIT_IO
+
+
+class SaveOutcomeUnknownError(KmsError):
+    """A save failed at or after its rename: which keystore survives a power cut is not known."""
+
+    exit_code = EXIT_INTERNAL
+
+
+class SecretFileError(KmsError):
+    """A file of secrets is not private: wrong owner, mode or kind. The message names the command that mends it."""
+
+    exit_code = EXIT_PERMISSION
+
+
+class FileAccessError(KmsError):
+    """Reading or writing a file failed."""
+
+    exit_code = EXIT_IO
+
+
+class ServerUnreachableError(KmsError):
+    """No server answers at the address, or the connection broke."""
+
+    exit_code = EXIT_UNREACHABLE
+
+
+class ProtocolError(KmsError):
+    """The peer answered something that is not this protocol."""
+
+    exit_code = EXIT_INTERNAL
+
+
+_BY_CODE: dict[str, type[WireError]] = {
+    error.code: error
+    for error in (
+        AuthFailedError,
+        UnauthorizedError,
+        InvalidRequestError,
+        DecryptionFailedError,
+        FrameTooLargeError,
+        InternalError,
+    )
+}
+
+
+def from_wire(code: str, message: str) -> KmsError:
+    """The typed error for an error reply; a `ProtocolError` for a code this client does not know."""
+    if code == DecryptionFailedError.code:
+        return DecryptionFailedError()
+    error = _BY_CODE.get(code)
+    return error(message) if error is not None else ProtocolError(f"unknown error code from the server: {code}")

@@ -1,0 +1,69 @@
+"""Make this process one that nobody can look into, before it reads its first secret.
+
+No core file (a core is a copy of every key), and not dumpable: another process of the same user can then neither
+attach to it nor open its /proc/PID/mem (prctl(2), PR_SET_DUMPABLE). Memory is locked, so that keys are not swapped
+out, where the limit allows.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import resource
+import sys
+from pathlib import Path
+from typing import Final
+
+_PR_SET_DUMPABLE: Final = 4
+_MCL_CURRENT: Final = 1
+_MCL_FUTURE: Final = 2
+
+
+def forbid_dumps() -> None:
+    """Core limit 0 and, on Linux, not dumpable. Raises `OSError` when the system refuses, which it has no reason to."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if sys.platform == "linux" and _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
+
+
+def lock_memory() -> bool:
+    """Keep this process out of swap; False where the limit (RLIMIT_MEMLOCK) does not allow it.
+
+    Future pages are locked too only when the limit is unlimited: otherwise reaching it would make allocations fail
+    in the middle of serving.
+    """
+    unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+    flags = _MCL_CURRENT | _MCL_FUTURE if unlimited or _may_exceed_limits() else _MCL_CURRENT
+    return int(_libc().mlockall(flags)) == 0
+
+
+def take_environment(name: str) -> bytearray | None:
+    """The value of an environment variable in a buffer of its own, removed from the environment and overwritten there.
+
+    Overwritten, since unsetting alone leaves the value readable in /proc/PID/environ. The interpreter's own copy in
+    `os.environ` is dropped but, being immutable, not wiped: a file or a prompt is the better way to hand over a secret.
+    """
+    value = os.environb.get(name.encode())
+    if value is None:
+        return None
+    getenv = _libc().getenv
+    getenv.restype = ctypes.c_void_p
+    address = getenv(name.encode())
+    if address:
+        ctypes.memset(address, 0, len(value))
+    del os.environ[name]
+    return bytearray(value)
+
+
+def _may_exceed_limits() -> bool:
+    # CAP_IPC_LOCK (bit 14) lifts RLIMIT_MEMLOCK.
+    try:
+        with Path("/proc/self/status").open(encoding="ascii") as status:
+            effective = next(line for line in status if line.startswith("CapEff:"))
+    except (OSError, StopIteration):
+        return False
+    return bool(int(effective.split()[1], 16) >> 14 & 1)
+
+
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)

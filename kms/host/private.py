@@ -1,0 +1,105 @@
+"""Private files and directories: only their owner may read them, from the first instant they exist.
+
+A secret is read only from a regular file, reached without following a symlink at its end, owned by this user or by
+root, and readable by nobody else. What fails that is refused with the command that mends it.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Final
+
+from kms.core.secret import Secret
+from kms.errors import FileAccessError, InputError, InputMissingError, SecretFileError
+from kms.limits import MAX_SECRET_BYTES
+
+_OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
+_LF: Final = 0x0A
+_CR: Final = 0x0D
+
+
+def make_private_directory(path: Path) -> None:
+    """Make `path` (and its parents) with mode 0700, or check that what is there is ours and private.
+
+    Raises `SecretFileError` when another user owns it or may enter it.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.mkdir(mode=0o700, exist_ok=True)
+        state = path.stat()
+    except OSError as error:
+        raise FileAccessError(f"cannot make the directory {path}: {error.strerror}") from error
+    _check_owner(path, state)
+    if stat.S_IMODE(state.st_mode) & _OTHERS:
+        raise SecretFileError(f"other users may enter the directory {path}; run: chmod 700 {path}")
+
+
+def open_private(path: Path) -> int:
+    """A read-only descriptor of a private regular file.
+
+    Checked on the descriptor, not on the path, so that the file cannot be exchanged in between.
+    """
+    try:
+        # O_NONBLOCK: opening a FIFO must not hang before its kind is known.
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise InputMissingError(f"there is no file {path}") from None
+    except PermissionError:
+        raise SecretFileError(f"cannot read {path}: permission denied; run as its owner: chmod 600 {path}") from None
+    except OSError as error:
+        if path.is_symlink():
+            raise SecretFileError(f"{path} is a symbolic link; name the file itself") from None
+        raise FileAccessError(f"cannot read {path}: {error.strerror}") from error
+    try:
+        state = os.fstat(descriptor)
+        if not stat.S_ISREG(state.st_mode):
+            raise SecretFileError(f"{path} is not a regular file; name one that holds the secret")
+        _check_owner(path, state)
+        if stat.S_IMODE(state.st_mode) & _OTHERS:
+            raise SecretFileError(f"other users may read {path}; run: chmod 600 {path}")
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_secret(path: Path) -> Secret:
+    """The secret in `path`, without one line end at its end; at most 4096 bytes.
+
+    It is read straight into a buffer that can be wiped, never through a Python string.
+    """
+    descriptor = open_private(path)
+    buffer = bytearray(MAX_SECRET_BYTES + 1)
+    try:
+        length = os.readv(descriptor, [buffer])
+    except OSError as error:
+        raise FileAccessError(f"cannot read {path}: {error.strerror}") from error
+    finally:
+        os.close(descriptor)
+    if length > MAX_SECRET_BYTES:
+        Secret(buffer).wipe()
+        raise InputError(f"{path} holds more than {MAX_SECRET_BYTES} bytes; that is not a passphrase or token")
+    return trimmed(buffer, length, str(path))
+
+
+def trimmed(buffer: bytearray, length: int, origin: str) -> Secret:
+    """The first `length` bytes of `buffer` as a secret, without one LF or CR LF at the end; `buffer` is wiped.
+
+    Raises `InputError`, naming `origin`, when nothing is left.
+    """
+    if length and buffer[length - 1] == _LF:
+        length -= 1
+        if length and buffer[length - 1] == _CR:
+            length -= 1
+    secret = Secret(buffer[:length])
+    Secret(buffer).wipe()
+    if not length:
+        raise InputError(f"{origin} is empty; put the secret into it")
+    return secret
+
+
+def _check_owner(path: Path, state: os.stat_result) -> None:
+    if state.st_uid not in (os.geteuid(), 0):
+        raise SecretFileError(f"{path} belongs to another user; run: chown {os.geteuid()} {path}")

@@ -1,0 +1,211 @@
+"""The keystore file: one owner at a time, loaded with suspicion, saved durably."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Self
+
+from kms.core.derive import KdfParameters
+from kms.core.envelope import EnvelopeKey
+from kms.core.keyring import EMPTY, CreateGroup, Keyring, NewKek, apply
+from kms.core.secret import Secret
+from kms.errors import (
+    FileAccessError,
+    InputMissingError,
+    KeystoreError,
+    KeystoreLockedError,
+    SaveFailedError,
+    SaveOutcomeUnknownError,
+)
+from kms.host import durable
+from kms.host.entropy import random_key
+from kms.host.private import make_private_directory, open_private
+from kms.keystore import document, legacy
+from kms.keystore.document import KdfHeader, RootKeys
+from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEYSTORE_BYTES
+
+KeyFactory = Callable[[], Secret]
+
+
+class KeystoreLock:
+    """An exclusive `flock` beside the keystore, held for as long as this is open.
+
+    The lock file is never unlinked: a process that waits on an unlinked one would come to hold a lock that nobody
+    else sees. Whoever holds the lock removes the temp files that killed writers left.
+    """
+
+    def __init__(self, keystore: Path) -> None:
+        """Raises `KeystoreLockedError` with the holder's pid, or what `make_private_directory` raises."""
+        self.keystore: Final = keystore
+        make_private_directory(keystore.parent)
+        path = keystore.with_name(keystore.name + ".lock")
+        try:
+            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise FileAccessError(f"cannot open the lock file {path}: {error.strerror}") from error
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            holder = os.read(self._descriptor, 32).decode("ascii", "replace").strip() or "unknown"
+            os.close(self._descriptor)
+            raise KeystoreLockedError(f"the keystore {keystore} is in use by process {holder}; stop it first") from None
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+        durable.remove_stale_temp_files(keystore)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+
+class Keystore:
+    """An unlocked keystore: makes KEKs for it and saves keyrings into it. Blocking; one thread at a time."""
+
+    def __init__(
+        self,
+        path: Path,
+        header: KdfHeader,
+        keys: RootKeys,
+        *,
+        root_check: bytes | None = None,
+        replaces: bytes | None = None,
+        new_key: KeyFactory = random_key,
+    ) -> None:
+        """`replaces` is a format 2 file that is kept, once, before the first save puts another in its place."""
+        self.path = path
+        self._header = header
+        self._keys = keys
+        self._root_check = keys.seal_check() if root_check is None else root_check
+        self._replaces = replaces
+        self._new_key = new_key
+
+    def mint(self, group: str, version: int) -> NewKek:
+        """A fresh KEK, wrapped for its slot."""
+        with self._new_key() as kek:
+            return NewKek(EnvelopeKey(kek), self._keys.wrap_kek(group, version, kek))
+
+    def save(self, keyring: Keyring) -> None:
+        """Put `keyring` on disk; when this returns it is durable.
+
+        Raises `SaveFailedError` when nothing has happened to the file, `SaveOutcomeUnknownError` when it may have.
+        """
+        content = document.encode(keyring, self._header, self._root_check, self._keys)
+        try:
+            if self._replaces is not None:
+                self._keep_replaced(self._replaces)
+            durable.write_file(self.path, content)
+        except durable.RenameError as error:
+            raise SaveOutcomeUnknownError(
+                f"saving {self.path} failed at its last step ({error.strerror}); check the disk, then start again"
+            ) from error
+        except OSError as error:
+            raise SaveFailedError(f"cannot save {self.path}: {error.strerror}; nothing was changed") from error
+        self._replaces = None
+
+    def _keep_replaced(self, raw: bytes) -> None:
+        kept = self.path.with_name(self.path.name + ".v2")
+        if not os.path.lexists(kept):
+            try:
+                durable.write_file(kept, raw)
+            except durable.RenameError as error:
+                # The keystore itself is untouched, so this is a failure whose outcome is known.
+                raise OSError(error.errno, error.strerror) from error
+
+    def wipe(self) -> None:
+        """Wipe the sub-keys of the root key. The keystore cannot be used afterwards."""
+        self._keys.wipe()
+
+
+def initialise(
+    lock: KeystoreLock,
+    passphrase: Secret,
+    *,
+    now: int,
+    parameters: KdfParameters,
+    new_key: KeyFactory = random_key,
+) -> tuple[Keystore, Keyring]:
+    """Make a keystore whose keyring has the group `default`; raises `KeystoreError` when there is one already."""
+    path = lock.keystore
+    if os.path.lexists(path):
+        raise KeystoreError(f"there is a keystore at {path} already; it is not touched")
+    header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
+    with header.derive(passphrase) as root:
+        keystore = Keystore(path, header, RootKeys(root), new_key=new_key)
+    keyring = next_generation(apply(EMPTY, CreateGroup(DEFAULT_KEY_GROUP), now=now, mint=keystore.mint))
+    keystore.save(keyring)
+    return keystore, keyring
+
+
+def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random_key) -> tuple[Keystore, Keyring]:
+    """Unlock the keystore; format 2 is migrated in memory and on disk at its first save.
+
+    Raises `InputMissingError`, `SecretFileError` for a file that is not private, `WrongPassphraseError`, or
+    `KeystoreError` when it was altered. Whatever it raises, the file was not touched.
+    """
+    raw = read(lock.keystore)
+    if document.format_version(raw) == legacy.FORMAT:
+        old = legacy.Sealed(raw)
+        with old.header.derive(passphrase) as root:
+            keys = RootKeys(root)
+            keyring = old.open(root, keys.wrap_kek)
+        return Keystore(lock.keystore, old.header, keys, replaces=raw, new_key=new_key), keyring
+    sealed = document.Sealed(raw)
+    with sealed.header.derive(passphrase) as root:
+        keys = RootKeys(root)
+    keyring = sealed.open(keys)
+    return Keystore(lock.keystore, sealed.header, keys, root_check=sealed.root_check, new_key=new_key), keyring
+
+
+def change_passphrase(lock: KeystoreLock, old: Secret, new: Secret, *, parameters: KdfParameters) -> None:
+    """Wrap every KEK under a new root key, from `new` and a new salt. Groups, versions and states stay as they are.
+
+    Raises what `load` and `Keystore.save` raise. The KDF's costs become `parameters`.
+    """
+    header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
+    raw = read(lock.keystore)
+    with header.derive(new) as new_root:
+        new_keys = RootKeys(new_root)
+    replaces = None
+    if document.format_version(raw) == legacy.FORMAT:
+        replaces = raw
+        sealed_v2 = legacy.Sealed(raw)
+        with sealed_v2.header.derive(old) as root:
+            keyring = sealed_v2.open(root, new_keys.wrap_kek)
+    else:
+        sealed = document.Sealed(raw)
+        with sealed.header.derive(old) as root:
+            old_keys = RootKeys(root)
+        keyring = sealed.open(old_keys, new_keys.wrap_kek)
+        old_keys.wipe()
+    keystore = Keystore(lock.keystore, header, new_keys, replaces=replaces)
+    keystore.save(next_generation(keyring))
+    keystore.wipe()
+
+
+def next_generation(keyring: Keyring) -> Keyring:
+    """The same keyring, as the next save writes it."""
+    return Keyring(keyring.generation + 1, keyring.groups)
+
+
+def read(path: Path) -> bytes:
+    """The raw file, if it is private and of a size a keystore may have."""
+    try:
+        descriptor = open_private(path)
+    except InputMissingError:
+        raise InputMissingError(f"there is no keystore at {path}; make one with: kms-admin init") from None
+    with os.fdopen(descriptor, "rb") as file:
+        if os.fstat(file.fileno()).st_size > MAX_KEYSTORE_BYTES:
+            raise KeystoreError(f"{path} is larger than any keystore; name the right file")
+        try:
+            return file.read()
+        except OSError as error:
+            raise FileAccessError(f"cannot read {path}: {error.strerror}") from error

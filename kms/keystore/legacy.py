@@ -1,0 +1,159 @@
+"""Keystore format 2, the file of the Java mini-kms. Read only: the next save writes format 3.
+
+It differs in what protects it: the root key itself wraps the KEKs (with no AAD) and seals the verification token, and
+the MAC runs over a binary encoding of the fields, binary values as their base64 text. All integers are big-endian;
+`str` is an int32 byte length and UTF-8, null is the int32 -1.
+"""
+
+from __future__ import annotations
+
+import hmac
+from typing import Final, Literal
+
+import msgspec
+from msgspec import Struct
+
+from kms.core.derive import KdfParameters
+from kms.core.envelope import EnvelopeKey
+from kms.core.keyring import Keyring
+from kms.core.secret import Secret
+from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
+from kms.keystore.document import (
+    ALTERED,
+    WRONG_PASSPHRASE,
+    KdfHeader,
+    StoredGroup,
+    StoredVersion,
+    Wrap,
+    build_keyring,
+    check_mac,
+    decode_json,
+    from_text,
+)
+
+FORMAT: Final = 2
+_VERIFICATION: Final = b"mini-kms/root-verification/v2"
+_MAC_LABEL: Final = b"mini-kms/keystore-integrity/v1"
+
+
+class _Version(Struct, forbid_unknown_fields=True):
+    version: int
+    status: str
+    createdAtEpochSec: int  # noqa: N815 - the format's own name
+    wrappedKekBase64: str | None  # noqa: N815 - the format's own name
+
+
+class _Group(Struct, forbid_unknown_fields=True):
+    id: str
+    activeVersion: int  # noqa: N815 - the format's own name
+    versions: list[_Version]
+
+
+class _Document(Struct, forbid_unknown_fields=True):
+    formatVersion: Literal[2]  # noqa: N815 - the format's own name
+    kdf: Literal["argon2id"]
+    argonMemoryKiB: int  # noqa: N815 - the format's own name
+    argonIterations: int  # noqa: N815 - the format's own name
+    argonParallelism: int  # noqa: N815 - the format's own name
+    saltBase64: str  # noqa: N815 - the format's own name
+    rootVerificationTokenBase64: str  # noqa: N815 - the format's own name
+    keyGroups: list[_Group]  # noqa: N815 - the format's own name
+    macBase64: str  # noqa: N815 - the format's own name
+
+
+_decoder: Final = msgspec.json.Decoder(_Document)
+
+
+class Sealed:
+    """A format 2 file that is parsed and not yet believed: `header` may be used, then `open` tells the rest."""
+
+    def __init__(self, raw: bytes) -> None:
+        """Raises `KeystoreError` when `raw` is not of the format, or asks for an impossible key derivation."""
+        document = self._document = decode_json(raw, _decoder)
+        parameters = KdfParameters(document.argonMemoryKiB, document.argonIterations, document.argonParallelism)
+        parameters.check()
+        self.header = KdfHeader(parameters, from_text(document.saltBase64))
+
+    def open(self, root: Secret, rewrap: Wrap) -> Keyring:
+        """The keyring, generation 0, its KEKs wrapped anew by `rewrap` as format 3 wants them.
+
+        Raises `WrongPassphraseError`, or `KeystoreError` when the MAC or anything behind it is wrong.
+        """
+        document = self._document
+        root_key = EnvelopeKey(root)
+        try:
+            verified = root_key.open(from_text(document.rootVerificationTokenBase64), b"") == _VERIFICATION
+        except DecryptionFailedError:
+            verified = False
+        if not verified:
+            raise WrongPassphraseError(WRONG_PASSPHRASE)
+        check_mac(_mac(root, document), document.macBase64)
+        groups = (
+            StoredGroup(
+                group.id,
+                min((v.createdAtEpochSec for v in group.versions), default=0),
+                group.activeVersion,
+                tuple(
+                    StoredVersion(
+                        v.version,
+                        v.status,
+                        v.createdAtEpochSec,
+                        None if v.wrappedKekBase64 is None else from_text(v.wrappedKekBase64),
+                    )
+                    for v in group.versions
+                ),
+            )
+            for group in document.keyGroups
+        )
+        return build_keyring(0, groups, lambda _group, _version, wrapped: root_key.open_secret(wrapped, b""), rewrap)
+
+
+def _mac(root: Secret, document: _Document) -> bytes:
+    with root.view() as view:
+        mac_key = hmac.digest(bytes(view), _MAC_LABEL, "sha256")
+    return hmac.digest(mac_key, _mac_message(document), "sha256")
+
+
+def _mac_message(document: _Document) -> bytes:
+    parts = [
+        _int32(document.formatVersion),
+        _str(document.kdf),
+        _int32(document.argonMemoryKiB),
+        _int32(document.argonIterations),
+        _int32(document.argonParallelism),
+        _str(document.saltBase64),
+        _str(document.rootVerificationTokenBase64),
+        _int32(len(document.keyGroups)),
+    ]
+    for group in document.keyGroups:
+        parts += (_str(group.id), _int64(group.activeVersion), _int32(len(group.versions)))
+        for version in group.versions:
+            parts += (
+                _int64(version.version),
+                _str(version.status),
+                _int64(version.createdAtEpochSec),
+                _str(version.wrappedKekBase64),
+            )
+    return b"".join(parts)
+
+
+def _int32(value: int) -> bytes:
+    return _signed(value, 4)
+
+
+def _int64(value: int) -> bytes:
+    return _signed(value, 8)
+
+
+def _signed(value: int, width: int) -> bytes:
+    try:
+        return value.to_bytes(width, "big", signed=True)
+    except OverflowError:
+        raise KeystoreError(ALTERED) from None
+
+
+def _str(text: str | None) -> bytes:
+    if text is None:
+        return _int32(-1)
+    encoded = text.encode("utf-8")
+    return _int32(len(encoded)) + encoded

@@ -1,0 +1,76 @@
+"""Every bound and every default in one place, each with its reason. Sizes are bytes, times are seconds."""
+
+from __future__ import annotations
+
+from typing import Final
+
+# What one client may cost the server.
+
+MAX_FRAME_BYTES: Final = 1 << 20
+"""One request line. Data keys are tiny; bulk data belongs under a data key, not on this socket."""
+MIN_FRAME_BYTES: Final = 1 << 10
+"""Below this the longest legal request for a small secret would not fit."""
+MAX_FRAME_BYTES_CEILING: Final = 1 << 26
+"""What a configuration may raise the frame to: 256 connections must still fit in memory."""
+MAX_CONNECTIONS: Final = 256
+MAX_CONNECTIONS_CEILING: Final = 1 << 16
+IDLE_TIMEOUT: Final = 30.0
+"""From when the server starts to wait for a frame until it is whole, so one byte a second does not help."""
+WRITE_TIMEOUT: Final = 10.0
+"""A client that does not read its replies for this long is cut off."""
+DRAIN_TIMEOUT: Final = 5.0
+"""What requests in flight get to finish after SIGTERM."""
+READ_BYTES: Final = 1 << 16
+"""One read. Together with one frame it is all that a connection can make the server hold."""
+ACCEPT_BACKLOG: Final = 512
+GROUP_COMMIT_MAX: Final = 256
+"""Mutations that share one save. As many as there may be connections, so no one waits for two saves."""
+MAX_KEY_GROUPS: Final = 100_000
+"""A keyring lives in memory and is written whole at each save."""
+MAX_VERSIONS_PER_GROUP: Final = 10_000
+
+# Names and secrets.
+
+DEFAULT_KEY_GROUP: Final = "default"
+MAX_GROUP_NAME_BYTES: Final = 255
+"""The ciphertext stores the name's length in one byte."""
+MAX_VERSION: Final = (1 << 63) - 1
+MAX_SECRET_BYTES: Final = 4096
+"""A passphrase or token; a larger 'secret file' is a mistake."""
+TOKEN_BYTES: Final = 32
+"""Entropy of a token made by `kms-admin init`."""
+KEY_BYTES: Final = 32
+"""AES-256: root key, KEK and DEK."""
+
+# Argon2id. The parameters in a keystore are read before they can be authenticated, so they are bounded.
+
+KDF_MEMORY_KIB: Final = 64 * 1024
+KDF_ITERATIONS: Final = 3
+KDF_PARALLELISM: Final = 1
+"""RFC 9106's second recommended profile has 64 MiB and 3 passes; one lane, since one thread derives."""
+KDF_MEMORY_KIB_RANGE: Final = (8, 4 * 1024 * 1024)
+KDF_ITERATIONS_RANGE: Final = (1, 64)
+KDF_PARALLELISM_RANGE: Final = (1, 64)
+KDF_SALT_BYTES: Final = 16
+MAX_KEYSTORE_BYTES: Final = 1 << 30
+
+# Envelopes and files.
+
+GCM_NONCE_BYTES: Final = 12
+GCM_TAG_BYTES: Final = 16
+MAX_GCM_PLAINTEXT_BYTES: Final = (1 << 36) - 32
+"""NIST SP 800-38D, 5.2.1.1: 2^39 - 256 bits under one key and nonce."""
+MAX_WRAPPED_KEY_BYTES: Final = 1024
+"""A wrapped data key in a container header: at most 1 + 1 + 255 + 8 + 62 bytes, with room."""
+FILE_CHUNK_BYTES: Final = 1 << 20
+
+# Clients.
+
+DEFAULT_TCP_HOST: Final = "127.0.0.1"
+DEFAULT_TCP_PORT: Final = 9123
+CONNECT_TIMEOUT: Final = 5.0
+REPLY_TIMEOUT: Final = 60.0
+MAX_REPLY_BYTES: Final = 1 << 27
+"""`ListKeyGroups` of a large keyring is the largest reply."""
+PIPELINE_DEPTH: Final = 64
+"""Requests a client keeps under way in `encrypt_many`; far below where either side's socket buffer fills."""

@@ -1,0 +1,1 @@
+"""The protocol as data: messages and framing. No trio, no sockets, no files."""

@@ -1,0 +1,271 @@
+"""Requests and replies: one struct each, and the codecs both sides share.
+
+A request is an object tagged by `type`, a reply one tagged by `status`; binary fields are standard base64. Decoding
+is strict where msgspec is lenient: the line must be UTF-8 as a whole (msgspec skips the bytes of unknown fields),
+base64 must be canonical (msgspec ignores the unused bits before the padding), and nesting is bounded by the
+interpreter, whose RecursionError is a refusal like any other.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from typing import Annotated, Any, ClassVar, Final
+
+import msgspec
+from msgspec import Meta, Struct
+
+from kms.core.policy import Operation, Plane
+from kms.errors import InvalidRequestError
+from kms.limits import MAX_VERSION
+
+Version = Annotated[int, Meta(ge=1, le=MAX_VERSION)]
+
+
+class Request(Struct, tag_field="type", rename="camel", kw_only=True):
+    """What every request has. `token` is never shown."""
+
+    operation: ClassVar[Operation]
+    plane: ClassVar[Plane]
+
+    token: str = ""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+class DataRequest(Request, rename="camel", kw_only=True):
+    plane: ClassVar[Plane] = Plane.DATA
+
+
+class ControlRequest(Request, rename="camel", kw_only=True):
+    plane: ClassVar[Plane] = Plane.CONTROL
+
+
+class Health(DataRequest, tag="Health"):
+    operation: ClassVar[Operation] = Operation.HEALTH
+
+
+class Ping(Health, tag="Ping"):
+    """Another name for Health."""
+
+
+class GenerateDataKey(DataRequest, tag="GenerateDataKey", rename="camel", kw_only=True):
+    operation: ClassVar[Operation] = Operation.GENERATE_DATA_KEY
+    key_id: str | None = None
+    aad: bytes | None = None
+
+
+class Encrypt(DataRequest, tag="Encrypt", rename="camel", kw_only=True):
+    operation: ClassVar[Operation] = Operation.ENCRYPT
+    plaintext: bytes
+    key_id: str | None = None
+    aad: bytes | None = None
+
+
+class Decrypt(DataRequest, tag="Decrypt", rename="camel", kw_only=True):
+    operation: ClassVar[Operation] = Operation.DECRYPT
+    ciphertext: bytes
+    aad: bytes | None = None
+
+
+class ReEncrypt(DataRequest, tag="ReEncrypt", rename="camel", kw_only=True):
+    operation: ClassVar[Operation] = Operation.RE_ENCRYPT
+    ciphertext: bytes
+    key_id: str | None = None
+    aad: bytes | None = None
+
+
+class GroupRequest(ControlRequest, rename="camel", kw_only=True):
+    key_id: str
+
+
+class VersionRequest(GroupRequest, rename="camel", kw_only=True):
+    version: Version
+
+
+class CreateKeyGroup(GroupRequest, tag="CreateKeyGroup"):
+    operation: ClassVar[Operation] = Operation.CREATE_KEY_GROUP
+
+
+class RotateKeyGroup(GroupRequest, tag="RotateKeyGroup"):
+    operation: ClassVar[Operation] = Operation.ROTATE_KEY_GROUP
+
+
+class ListKeyGroups(ControlRequest, tag="ListKeyGroups"):
+    operation: ClassVar[Operation] = Operation.LIST_KEY_GROUPS
+
+
+class DisableVersion(VersionRequest, tag="DisableVersion"):
+    operation: ClassVar[Operation] = Operation.DISABLE_VERSION
+
+
+class EnableVersion(VersionRequest, tag="EnableVersion"):
+    operation: ClassVar[Operation] = Operation.ENABLE_VERSION
+
+
+class DestroyVersion(VersionRequest, tag="DestroyVersion"):
+    operation: ClassVar[Operation] = Operation.DESTROY_VERSION
+
+
+AnyRequest = (
+    Health
+    | Ping
+    | GenerateDataKey
+    | Encrypt
+    | Decrypt
+    | ReEncrypt
+    | CreateKeyGroup
+    | RotateKeyGroup
+    | ListKeyGroups
+    | DisableVersion
+    | EnableVersion
+    | DestroyVersion
+)
+
+
+class VersionView(Struct, rename="camel"):
+    """A KEK version as people see it; `created_at_epoch_sec` is seconds since 1970."""
+
+    version: int
+    status: str
+    created_at_epoch_sec: int
+
+
+class KeyGroupView(Struct, rename="camel"):
+    """A key group as people see it."""
+
+    key_id: str
+    active_version: int
+    versions: list[VersionView]
+
+
+class Reply(Struct, tag_field="status", rename="camel"):
+    """What every reply is: `status` ok or error, and the fields of its kind."""
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}>"
+
+
+class DetailReply(Reply, tag="ok"):
+    detail: str
+
+
+class DataKeyReply(Reply, tag="ok", rename="camel"):
+    plaintext_data_key: bytes
+    wrapped_data_key: bytes
+
+
+class CiphertextReply(Reply, tag="ok"):
+    ciphertext: bytes
+
+
+class PlaintextReply(Reply, tag="ok"):
+    plaintext: bytes
+
+
+class KeyGroupReply(Reply, tag="ok", rename="camel"):
+    key_group: KeyGroupView
+
+
+class KeyGroupsReply(Reply, tag="ok", rename="camel"):
+    key_groups: list[KeyGroupView]
+
+
+class ErrorReply(Reply, tag="error", rename="camel"):
+    error_code: str
+    message: str
+
+
+class _Head(Struct):
+    """What is looked at when a request does not decode: who asks comes before what is wrong."""
+
+    type: Any = None
+    token: Any = None
+
+
+_encoder: Final = msgspec.json.Encoder()
+_request_decoder: Final = msgspec.json.Decoder(AnyRequest)
+_head_decoder: Final = msgspec.json.Decoder(_Head)
+_loose_decoder: Final = msgspec.json.Decoder(dict[str, Any])
+_request_types: Final[dict[str, type[Request]]] = {kind.__struct_config__.tag: kind for kind in AnyRequest.__args__}
+
+encode = _encoder.encode
+"""A request or reply as one JSON line, without its line end."""
+
+
+class UndecodableRequestError(Exception):
+    """A request that failed to decode, with what can still be said of it.
+
+    `kind` is its type and `token` what it presented, both as far as they could be read; `reason` is for the client
+    once it has been authenticated.
+    """
+
+    def __init__(self, kind: type[Request] | None, token: str, reason: InvalidRequestError) -> None:
+        super().__init__(str(reason))
+        self.kind = kind
+        self.token = token
+        self.reason = reason
+
+
+def decode_request(line: bytes) -> Request:
+    """The request in `line`; raises `UndecodableRequestError`."""
+    try:
+        if not line.isascii():
+            line.decode("utf-8")
+        request: Request = _request_decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        raise _undecodable(line, error) from None
+    if b"=" in line and not _has_canonical_padding(line):
+        field = _non_canonical_field(request, line)
+        if field is not None:
+            reason = InvalidRequestError(f"{field}: not canonical base64")
+            raise UndecodableRequestError(type(request), request.token, reason)
+    return request
+
+
+_LOOSE_PADDING: Final = re.compile(rb'[^AQgw]=="|[^AEIMQUYcgkosw048=]="|\\')
+
+
+def _has_canonical_padding(line: bytes) -> bool:
+    """False when some string in `line` may be base64 with unused bits set, or is escaped; it need not be a binary field."""
+    return _LOOSE_PADDING.search(line) is None
+
+
+def _non_canonical_field(request: Request, line: bytes) -> str | None:
+    texts = _loose_decoder.decode(line)
+    for name in ("plaintext", "ciphertext", "aad"):
+        value = getattr(request, name, None)
+        if value is not None and texts[name] != b64encode(value).decode("ascii"):
+            return name
+    return None
+
+
+def _undecodable(line: bytes, error: Exception) -> UndecodableRequestError:
+    if isinstance(error, UnicodeDecodeError):
+        return UndecodableRequestError(None, "", InvalidRequestError("not strict UTF-8"))
+    try:
+        head = _head_decoder.decode(line)
+    except RecursionError:
+        return UndecodableRequestError(None, "", InvalidRequestError("nested too deeply"))
+    except (msgspec.MsgspecError, UnicodeDecodeError):
+        return UndecodableRequestError(None, "", InvalidRequestError("not a JSON object"))
+    token = head.token if isinstance(head.token, str) else ""
+    kind = _request_types.get(head.type) if isinstance(head.type, str) else None
+    if kind is None:
+        reason = "type: missing" if head.type is None else "type: unknown request type"
+        return UndecodableRequestError(None, token, InvalidRequestError(reason))
+    return UndecodableRequestError(kind, token, InvalidRequestError(_rule(str(error))))
+
+
+_MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
+_AT_FIELD: Final = re.compile(r"(?s)(.*) - at `\$\.(\w+)`")
+
+
+def _rule(complaint: str) -> str:
+    """msgspec's complaint as `field: rule`. It names types and bounds, never a value, except for a tag, handled before."""
+    if missing := _MISSING.match(complaint):
+        return f"{missing[1]}: missing"
+    if at_field := _AT_FIELD.match(complaint):
+        return f"{at_field[2]}: {at_field[1].replace('`', '')}".replace(" | null", "")
+    return "not JSON of the form this request has"
