@@ -95,7 +95,7 @@ class Keyring:
     generation: int
     groups: Mapping[str, KeyGroup]
 
-    def keys(self) -> Iterator[EnvelopeKey]:
+    def live_keys(self) -> Iterator[EnvelopeKey]:
         """Every live KEK, to be wiped at the end."""
         for group in self.groups.values():
             for version in group.versions.values():

@@ -17,6 +17,7 @@ from typing import Final
 _PR_SET_DUMPABLE: Final = 4
 _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
+_MCL_ONFAULT: Final = 4
 
 
 def forbid_dumps() -> None:
@@ -29,12 +30,13 @@ def forbid_dumps() -> None:
 def lock_memory() -> bool:
     """Keep this process out of swap; False where the limit (RLIMIT_MEMLOCK) does not allow it.
 
-    Future pages are locked too only when the limit is unlimited: otherwise reaching it would make allocations fail
-    in the middle of serving.
+    Pages are locked when they are first touched (MCL_ONFAULT): without it every mapped library would be read in whole.
+    Future pages are included, so it is not tried under a finite limit, where a later allocation could fail for it.
     """
     unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
-    flags = _MCL_CURRENT | _MCL_FUTURE if unlimited or _may_exceed_limits() else _MCL_CURRENT
-    return int(_libc().mlockall(flags)) == 0
+    if not unlimited and not _may_exceed_limits():
+        return False
+    return int(_libc().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)) == 0
 
 
 def take_environment(name: str) -> bytearray | None:

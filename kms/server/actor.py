@@ -1,0 +1,181 @@
+"""The keyring actor: the only writer.
+
+Mutations arrive on a zero-capacity channel, are applied to the current keyring as pure functions, and are saved by
+one thread call; `current` changes only after the save is durable, with no checkpoint in between. Capacity 0 makes
+cancellation exact: cancelled while it is being sent, a command never ran; cancelled while it waits for its answer, it
+completes all the same.
+
+Commands that arrive while a save runs share the next one (group commit). Each still gets its own answer: one that the
+rules refuse does not spoil its neighbours.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Sequence
+from typing import Final, Protocol
+
+import trio
+
+from kms.core.keyring import (
+    Command,
+    CreateGroup,
+    DestroyVersion,
+    DisableVersion,
+    EnableVersion,
+    KeyGroup,
+    Keyring,
+    Mint,
+    RotateGroup,
+    apply,
+)
+from kms.errors import InternalError, KmsError, SaveFailedError, SaveOutcomeUnknownError
+from kms.limits import GROUP_COMMIT_MAX
+
+log: Final = logging.getLogger(__name__)
+
+
+class KeyringStore(Protocol):
+    """Where the actor saves, and what makes its keys."""
+
+    @property
+    def mint(self) -> Mint: ...
+
+    def save(self, keyring: Keyring) -> None:
+        """Blocking and durable. Raises `SaveFailedError` or `SaveOutcomeUnknownError`."""
+        ...
+
+
+class _Submission:
+    """A command under way, and in the end its answer."""
+
+    __slots__ = ("answer", "command", "done")
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.done = trio.Event()
+        self.answer: KeyGroup | KmsError = InternalError("the server stopped before this was done")
+
+
+class KeyringActor:
+    """Serializes all mutations. It is the `KeyringManager` of the handlers, and `current` is what readers read."""
+
+    def __init__(self, keyring: Keyring, store: KeyringStore, *, clock: Callable[[], int]) -> None:
+        """`clock` returns whole seconds since 1970."""
+        self.current = keyring
+        self._store = store
+        self._clock = clock
+        self._send, self._receive = trio.open_memory_channel[_Submission](0)
+
+    async def create_group(self, group: str) -> KeyGroup:
+        return await self._submit(CreateGroup(group))
+
+    async def rotate_group(self, group: str) -> KeyGroup:
+        return await self._submit(RotateGroup(group))
+
+    async def disable_version(self, group: str, version: int) -> KeyGroup:
+        return await self._submit(DisableVersion(group, version))
+
+    async def enable_version(self, group: str, version: int) -> KeyGroup:
+        return await self._submit(EnableVersion(group, version))
+
+    async def destroy_version(self, group: str, version: int) -> KeyGroup:
+        return await self._submit(DestroyVersion(group, version))
+
+    def list_groups(self) -> Sequence[KeyGroup]:
+        return tuple(self.current.groups.values())
+
+    def close(self) -> None:
+        """Take no more commands. What was taken is still finished; `run` returns after it."""
+        self._send.close()
+
+    async def run(self) -> None:
+        """Serve until `close`. Raises `SaveOutcomeUnknownError`, after which nothing may be answered any more.
+
+        Shielded: a cancelled daemon must not cancel a save whose client was promised an answer.
+        """
+        with trio.CancelScope(shield=True):
+            async with self._receive:
+                async for first in self._receive:
+                    await self._commit(self._batch(first))
+
+    async def _submit(self, command: Command) -> KeyGroup:
+        submission = _Submission(command)
+        try:
+            await self._send.send(submission)
+        except (trio.ClosedResourceError, trio.BrokenResourceError):
+            raise InternalError("the server is stopping") from None
+        await submission.done.wait()
+        if isinstance(submission.answer, KmsError):
+            raise submission.answer
+        return submission.answer
+
+    def _batch(self, first: _Submission) -> list[_Submission]:
+        batch = [first]
+        while len(batch) < GROUP_COMMIT_MAX:
+            try:
+                batch.append(self._receive.receive_nowait())
+            except (trio.WouldBlock, trio.EndOfChannel):
+                break
+        return batch
+
+    async def _commit(self, batch: list[_Submission]) -> None:
+        try:
+            await self._apply_and_save(batch)
+        finally:
+            for submission in batch:
+                submission.done.set()
+
+    async def _apply_and_save(self, batch: list[_Submission]) -> None:
+        keyring = self.current
+        applied: list[_Submission] = []
+        now = self._clock()
+        for submission in batch:
+            try:
+                keyring = apply(keyring, submission.command, now=now, mint=self._store.mint)
+            except KmsError as error:
+                submission.answer = error
+            else:
+                submission.answer = keyring.groups[submission.command.group]
+                applied.append(submission)
+        if keyring is self.current:
+            return
+        saved = Keyring(keyring.generation + 1, keyring.groups)
+        try:
+            await trio.to_thread.run_sync(self._store.save, saved, limiter=_one_at_a_time)
+        except KmsError as error:
+            failure = InternalError(
+                "the keystore could not be saved; nothing was changed"
+                if isinstance(error, SaveFailedError)
+                else "the outcome of the save is unknown; the server stops"
+            )
+            for submission in applied:
+                submission.answer = failure
+            log.error("%s", error)  # noqa: TRY400 - the message says it all; a traceback belongs to a bug
+            _wipe_dropped(saved, self.current)
+            if isinstance(error, SaveOutcomeUnknownError):
+                raise
+            return
+        except BaseException:
+            for submission in applied:
+                submission.answer = InternalError("internal error")
+            raise
+        previous, self.current = self.current, saved
+        _wipe_dropped(previous, saved)
+
+
+_one_at_a_time: Final = trio.CapacityLimiter(math.inf)
+"""Saving never waits for a thread that something else occupies; the actor itself runs one at a time."""
+
+
+def _wipe_dropped(before: Keyring, after: Keyring) -> None:
+    """Wipe each key that `before` had and `after` has not: of destroyed versions, or of mutations that were not saved."""
+    for name, group in before.groups.items():
+        kept = after.groups.get(name)
+        if kept is group:
+            continue
+        for number, version in group.versions.items():
+            other = None if kept is None else kept.versions.get(number)
+            if version.key is not None and (other is None or other.key is not version.key):
+                version.key.wipe()

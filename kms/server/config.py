@@ -1,0 +1,118 @@
+"""Configuration: flags over environment over defaults, resolved into one frozen object. Imports no trio."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kms import limits
+from kms.errors import ConfigError
+
+ENVIRONMENT: Final = {
+    "tcp_port": "MINIKMS_TCP_PORT",
+    "unix_socket": "MINIKMS_UNIX_SOCKET",
+    "keystore": "MINIKMS_KEYSTORE",
+    "token_file": "MINIKMS_API_TOKEN_FILE",
+    "admin_token_file": "MINIKMS_ADMIN_TOKEN_FILE",
+    "passphrase_file": "MINIKMS_PASSPHRASE_FILE",
+    "max_frame_bytes": "MINIKMS_MAX_FRAME_BYTES",
+    "idle_timeout_ms": "MINIKMS_IDLE_TIMEOUT_MS",
+    "max_connections": "MINIKMS_MAX_CONNECTIONS",
+}
+"""Which environment variable stands in for which flag."""
+
+_SUN_PATH_BYTES: Final = 107
+"""sockaddr_un holds 108 bytes on Linux, the last of them NUL."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """What the server runs with. A listener that is off is None; a secret without a file comes from a prompt."""
+
+    tcp_port: int | None
+    unix_socket: Path | None
+    keystore: Path
+    token_file: Path | None
+    admin_token_file: Path | None
+    passphrase_file: Path | None
+    max_frame_bytes: int
+    idle_timeout: float
+    """Seconds."""
+    max_connections: int
+
+
+def data_directory(environ: Mapping[str, str]) -> Path:
+    """Where keystore, tokens and socket live unless told otherwise."""
+    base = environ.get("XDG_DATA_HOME")
+    if base:
+        return Path(base) / "mini-kms"
+    home = environ.get("HOME")
+    return (Path(home) if home else Path.home()) / ".mini-kms"
+
+
+def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfig:
+    """The configuration from `flags` (None where not given) and `environ`; raises `ConfigError`."""
+    source = _Source(flags, environ)
+    data = data_directory(environ)
+    no_tcp, no_unix = bool(flags.get("no_tcp")), bool(flags.get("no_unix"))
+    if no_tcp and no_unix:
+        raise ConfigError("--no-tcp and --no-unix together leave no way in; leave one out")
+    unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
+    if unix_socket is not None and len(str(unix_socket).encode()) > _SUN_PATH_BYTES:
+        raise ConfigError(f"--unix-socket: a socket's path has at most {_SUN_PATH_BYTES} bytes; choose a shorter one")
+    credentials = environ.get("CREDENTIALS_DIRECTORY")
+    credential = _if_exists(Path(credentials) / "passphrase") if credentials else None
+    return ServerConfig(
+        tcp_port=None if no_tcp else source.number("tcp_port", limits.DEFAULT_TCP_PORT, 0, 65535),
+        unix_socket=unix_socket,
+        keystore=source.path("keystore", data / "keystore.json"),
+        token_file=source.optional_path("token_file", _if_exists(data / "api.token")),
+        admin_token_file=source.optional_path("admin_token_file", _if_exists(data / "admin.token")),
+        passphrase_file=source.optional_path("passphrase_file", credential),
+        max_frame_bytes=source.number(
+            "max_frame_bytes", limits.MAX_FRAME_BYTES, limits.MIN_FRAME_BYTES, limits.MAX_FRAME_BYTES_CEILING
+        ),
+        idle_timeout=source.number("idle_timeout_ms", int(limits.IDLE_TIMEOUT * 1000), 1, 24 * 3600 * 1000) / 1000,
+        max_connections=source.number("max_connections", limits.MAX_CONNECTIONS, 1, limits.MAX_CONNECTIONS_CEILING),
+    )
+
+
+class _Source:
+    """Looks a setting up in the flags, then in the environment."""
+
+    def __init__(self, flags: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        self._flags = flags
+        self._environ = environ
+
+    def _find(self, name: str) -> tuple[Any, str]:
+        value = self._flags.get(name)
+        if value is not None:
+            return value, "--" + name.replace("_", "-")
+        variable = ENVIRONMENT[name]
+        # An empty variable is one that was switched off: `MINIKMS_TCP_PORT= kms-server`.
+        return self._environ.get(variable) or None, variable
+
+    def number(self, name: str, default: int, low: int, high: int) -> int:
+        value, origin = self._find(name)
+        if value is None:
+            return default
+        try:
+            number = int(value)
+        except ValueError:
+            raise ConfigError(f"{origin}: give a whole number from {low} to {high}") from None
+        if not low <= number <= high:
+            raise ConfigError(f"{origin}: {number} is outside {low}..{high}")
+        return number
+
+    def path(self, name: str, default: Path) -> Path:
+        return self.optional_path(name, default) or default
+
+    def optional_path(self, name: str, default: Path | None) -> Path | None:
+        value, _ = self._find(name)
+        return default if value is None else Path(value)
+
+
+def _if_exists(path: Path) -> Path | None:
+    return path if path.exists() else None

@@ -1,0 +1,198 @@
+"""The daemon: start, supervise, drain, stop.
+
+Supervision, outer to inner: signals -> actor -> connections -> accepting. Stopping walks it from the inside out: stop
+accepting, wake the idle connections, give those at work five seconds, close the actor's channel, wipe every key.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import logging
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final
+
+import trio
+
+from kms.core.derive import KdfParameters
+from kms.core.keyring import Keyring
+from kms.core.policy import AllowAll
+from kms.core.secret import Secret
+from kms.errors import EXIT_INTERNAL, EXIT_OK, SaveOutcomeUnknownError
+from kms.host import hardening
+from kms.host.entropy import random_key
+from kms.keystore.file import Keystore, KeystoreLock, initialise, load
+from kms.limits import DRAIN_TIMEOUT
+from kms.server.actor import KeyringActor
+from kms.server.config import ServerConfig
+from kms.server.connection import Connection, ConnectionBounds, Pipeline
+from kms.server.handlers import Handlers
+from kms.server.listeners import UnixListener, open_tcp
+from kms.server.local_provider import LocalMasterKeyProvider
+from kms.server.middleware import Authenticator, Peer, RequestPipeline, log_bug
+
+log: Final = logging.getLogger(__name__)
+Say = Callable[[str], None]
+
+
+def run(
+    config: ServerConfig,
+    passphrase: Secret,
+    api_token: Secret,
+    admin_token: Secret,
+    *,
+    parameters: KdfParameters,
+    say: Say,
+) -> int:
+    """Run the server until SIGINT or SIGTERM; returns the exit status. The three secrets are wiped.
+
+    `parameters` are the KDF costs of a keystore that has yet to be made; `say` takes a line for the person who started
+    it. Raises a `KmsError` when it cannot start.
+    """
+    return trio.run(_main, config, passphrase, api_token, admin_token, parameters, say)
+
+
+async def _main(
+    config: ServerConfig, passphrase: Secret, api_token: Secret, admin_token: Secret, parameters: KdfParameters, say: Say
+) -> int:
+    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, passphrase, api_token, admin_token:
+        authenticator = Authenticator(api_token, admin_token)
+        if not hardening.lock_memory():
+            say("memory is not locked (raise RLIMIT_MEMLOCK to keep keys out of swap)")
+        lock = KeystoreLock(config.keystore)
+        with lock:
+            keystore, keyring = await trio.to_thread.run_sync(_unlock, lock, passphrase, parameters, say)
+            passphrase.wipe()
+            actor = KeyringActor(keyring, keystore, clock=lambda: int(time.time()))
+            try:
+                return await _serve(config, actor, authenticator, signals, say)
+            finally:
+                _wipe(actor.current, keystore)
+
+
+def _unlock(lock: KeystoreLock, passphrase: Secret, parameters: KdfParameters, say: Say) -> tuple[Keystore, Keyring]:
+    if os.path.lexists(lock.keystore):
+        return load(lock, passphrase)
+    say(f"making a new keystore at {lock.keystore}")
+    return initialise(lock, passphrase, now=int(time.time()), parameters=parameters)
+
+
+def _wipe(keyring: Keyring, keystore: Keystore) -> None:
+    for key in keyring.live_keys():
+        key.wipe()
+    keystore.wipe()
+
+
+async def _serve(
+    config: ServerConfig, actor: KeyringActor, authenticator: Authenticator, signals: AsyncIterator[int], say: Say
+) -> int:
+    handlers = Handlers(LocalMasterKeyProvider(lambda: actor.current), actor, new_key=random_key)
+    pipeline = RequestPipeline(handlers.table(), authenticator, AllowAll())
+    bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
+    crowd = Crowd(pipeline, bounds, config.max_connections)
+    status = EXIT_OK
+    try:
+        with _listening(config) as (listeners, addresses):
+            async with trio.open_nursery() as supervisor:
+                supervisor.start_soon(actor.run)
+                async with trio.open_nursery() as connections:
+                    async with trio.open_nursery() as accepting:
+                        for listener, transport in listeners:
+                            accepting.start_soon(_accept, crowd, listener, transport, connections)
+                        # What start-up made lives for good; the collector need not walk it again.
+                        gc.freeze()
+                        say(f"ready on {' and '.join(addresses)} (pid {os.getpid()})")
+                        notify("READY=1")
+                        say(f"stopping on {signal.Signals(await anext(signals)).name}")
+                        notify("STOPPING=1")
+                        accepting.cancel_scope.cancel()
+                    connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
+                    crowd.drain()
+                actor.close()
+    except* SaveOutcomeUnknownError:
+        # The actor has logged it. What is on disk is not known, so nothing more may be answered from memory.
+        status = EXIT_INTERNAL
+    return status
+
+
+@contextlib.contextmanager
+def _listening(config: ServerConfig) -> Iterator[tuple[list[tuple[trio.SocketListener, str]], list[str]]]:
+    """Bind what is configured; the listeners with their transport, and the addresses as people write them."""
+    listeners: list[tuple[trio.SocketListener, str]] = []
+    addresses: list[str] = []
+    with contextlib.ExitStack() as cleanup:
+        if config.tcp_port is not None:
+            tcp, port = open_tcp(config.tcp_port)
+            cleanup.callback(tcp.socket.close)
+            listeners.append((tcp, "tcp"))
+            addresses.append(f"127.0.0.1:{port}")
+        if config.unix_socket is not None:
+            unix = UnixListener(config.unix_socket)
+            cleanup.callback(unix.remove)
+            cleanup.callback(unix.listener.socket.close)
+            listeners.append((unix.listener, "unix"))
+            addresses.append(str(config.unix_socket))
+        yield listeners, addresses
+
+
+async def _accept(crowd: Crowd, listener: trio.SocketListener, transport: str, connections: trio.Nursery) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        # The connection works on the bare socket; the stream around it is let go.
+        sock = socket.socket(fileno=stream.socket.detach())
+        sock.settimeout(0)
+        await crowd.serve(sock, transport)
+
+    # It pauses on EMFILE and goes on, which is what a server that ran out of descriptors has to do.
+    await trio.serve_listeners(serve, [listener], handler_nursery=connections)
+
+
+@dataclass
+class Crowd:
+    """All connections together: numbered, capped, and drained as one."""
+
+    pipeline: Pipeline
+    bounds: ConnectionBounds
+    max_connections: int
+    _open: set[Connection] = field(default_factory=set)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _draining: bool = False
+
+    async def serve(self, sock: socket.socket, transport: str) -> None:
+        """Serve one accepted socket, or close it at once when there are too many. A failure ends here."""
+        if self._draining or len(self._open) >= self.max_connections:
+            sock.close()
+            return
+        connection = Connection(sock, self.pipeline, Peer(next(self._numbers), transport), self.bounds)
+        self._open.add(connection)
+        try:
+            await connection.serve()
+        except* Exception as errors:
+            log_bug("a connection failed", errors)
+        finally:
+            self._open.discard(connection)
+
+    def drain(self) -> None:
+        """Let each connection finish what it is at, and take no more."""
+        self._draining = True
+        for connection in self._open:
+            connection.drain()
+
+
+def notify(state: str) -> None:
+    """Tell systemd (sd_notify(3)), when it listens: `state` to the datagram socket in NOTIFY_SOCKET."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sock:
+        try:
+            sock.sendto(state.encode("ascii"), address)
+        except OSError as error:
+            log.warning("cannot tell the service manager: %s", error.strerror)

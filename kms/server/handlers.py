@@ -1,0 +1,118 @@
+"""One function per operation: a decoded, authorized request in, a reply out.
+
+Handlers know the two seams of `core/provider.py` and nothing behind them. Those of the data plane answer at once;
+those that change the keyring return an awaitable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from kms.core import ciphertext
+from kms.core.keyring import KeyGroup
+from kms.core.provider import KeyringManager, MasterKeyProvider
+from kms.core.secret import Secret
+from kms.errors import InvalidRequestError
+from kms.limits import DEFAULT_KEY_GROUP
+from kms.wire import messages
+from kms.wire.messages import Reply, Request
+
+Answer = Reply | Awaitable[Reply]
+Handler = Callable[[Any], Answer]
+"""From a request of its own kind. `Any`, since the table below is keyed by that kind."""
+
+_HEALTHY = messages.DetailReply("ok")
+
+
+def group_of(key_id: str | None) -> str:
+    """The group a data request names: omitted, null or blank is `default`."""
+    return key_id if key_id and not key_id.isspace() else DEFAULT_KEY_GROUP
+
+
+class Handlers:
+    """All operations over the two seams."""
+
+    def __init__(self, master_keys: MasterKeyProvider, keyring: KeyringManager, *, new_key: Callable[[], Secret]) -> None:
+        """`new_key` makes a fresh 32-byte data key."""
+        self._master_keys = master_keys
+        self._keyring = keyring
+        self._new_key = new_key
+
+    def table(self) -> dict[type[Request], Handler]:
+        """Which handler serves which request."""
+        return {
+            messages.Health: self.health,
+            messages.Ping: self.health,
+            messages.GenerateDataKey: self.generate_data_key,
+            messages.Encrypt: self.encrypt,
+            messages.Decrypt: self.decrypt,
+            messages.ReEncrypt: self.re_encrypt,
+            messages.CreateKeyGroup: self.create_key_group,
+            messages.RotateKeyGroup: self.rotate_key_group,
+            messages.ListKeyGroups: self.list_key_groups,
+            messages.DisableVersion: self.disable_version,
+            messages.EnableVersion: self.enable_version,
+            messages.DestroyVersion: self.destroy_version,
+        }
+
+    def health(self, request: messages.Health) -> Reply:
+        return _HEALTHY
+
+    def generate_data_key(self, request: messages.GenerateDataKey) -> Reply:
+        with self._new_key() as data_key, data_key.view() as view:
+            plaintext = bytes(view)
+        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"")
+        return messages.DataKeyReply(plaintext, wrapped)
+
+    def encrypt(self, request: messages.Encrypt) -> Reply:
+        return messages.CiphertextReply(
+            self._master_keys.seal(group_of(request.key_id), request.plaintext, request.aad or b"")
+        )
+
+    def decrypt(self, request: messages.Decrypt) -> Reply:
+        return messages.PlaintextReply(self._master_keys.open(ciphertext.parse(request.ciphertext), request.aad or b""))
+
+    def re_encrypt(self, request: messages.ReEncrypt) -> Reply:
+        aad = request.aad or b""
+        plaintext = self._master_keys.open(ciphertext.parse(request.ciphertext), aad)
+        return messages.CiphertextReply(self._master_keys.seal(group_of(request.key_id), plaintext, aad))
+
+    async def create_key_group(self, request: messages.CreateKeyGroup) -> Reply:
+        return messages.KeyGroupReply(_view(await self._keyring.create_group(_named(request.key_id))))
+
+    async def rotate_key_group(self, request: messages.RotateKeyGroup) -> Reply:
+        return messages.KeyGroupReply(_view(await self._keyring.rotate_group(_named(request.key_id))))
+
+    def list_key_groups(self, request: messages.ListKeyGroups) -> Reply:
+        return messages.KeyGroupsReply([_view(group) for group in self._keyring.list_groups()])
+
+    async def disable_version(self, request: messages.DisableVersion) -> Reply:
+        await self._keyring.disable_version(_named(request.key_id), request.version)
+        return _changed(request, "disabled")
+
+    async def enable_version(self, request: messages.EnableVersion) -> Reply:
+        await self._keyring.enable_version(_named(request.key_id), request.version)
+        return _changed(request, "enabled")
+
+    async def destroy_version(self, request: messages.DestroyVersion) -> Reply:
+        await self._keyring.destroy_version(_named(request.key_id), request.version)
+        return _changed(request, "destroyed")
+
+
+def _named(key_id: str) -> str:
+    if not key_id or key_id.isspace():
+        raise InvalidRequestError("keyId: blank")
+    return key_id
+
+
+def _changed(request: messages.VersionRequest, what: str) -> Reply:
+    return messages.DetailReply(f"{request.key_id} v{request.version} {what}")
+
+
+def _view(group: KeyGroup) -> messages.KeyGroupView:
+    return messages.KeyGroupView(
+        group.key_id,
+        group.active.version,
+        [messages.VersionView(v.version, v.status.value, v.created_at) for v in group.versions.values()],
+    )

@@ -1,0 +1,98 @@
+"""The two ways in: a loopback TCP socket and a Unix socket."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+import stat
+from pathlib import Path
+
+import trio
+
+from kms.errors import ConfigError, FileAccessError
+from kms.host.private import make_private_directory
+from kms.limits import ACCEPT_BACKLOG, DEFAULT_TCP_HOST
+
+
+def open_tcp(port: int) -> tuple[trio.SocketListener, int]:
+    """A listener on 127.0.0.1 and its port; 0 asks for any free one. Raises `ConfigError`.
+
+    Only loopback: the protocol has no encryption of its own.
+    """
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        # Without it a restart would wait for the old connections' TIME_WAIT to pass.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((DEFAULT_TCP_HOST, port))
+        sock.listen(ACCEPT_BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise ConfigError(
+            f"cannot listen on {DEFAULT_TCP_HOST}:{port}: {error.strerror}; choose another --tcp-port"
+        ) from None
+    return trio.SocketListener(trio.socket.from_stdlib_socket(sock)), int(sock.getsockname()[1])
+
+
+class UnixListener:
+    """A listening Unix socket of mode 0600 in a private directory, and its file, which `remove` takes away."""
+
+    def __init__(self, path: Path) -> None:
+        """Raises `ConfigError` when a live server has the path, `SecretFileError` when the directory is not private.
+
+        A stale file of a dead server is removed, a live server's never.
+        """
+        make_private_directory(path.parent)
+        self._path = path
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            self._bind(sock)
+            sock.listen(ACCEPT_BACKLOG)
+            state = path.lstat()
+        except OSError as error:
+            sock.close()
+            raise FileAccessError(f"cannot make the socket {path}: {error.strerror}") from error
+        except BaseException:
+            sock.close()
+            raise
+        self._identity = (state.st_dev, state.st_ino)
+        self.listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
+
+    def _bind(self, sock: socket.socket) -> None:
+        try:
+            _bind_private(sock, self._path)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            self._remove_stale()
+            _bind_private(sock, self._path)
+
+    def _remove_stale(self) -> None:
+        if not stat.S_ISSOCK(self._path.lstat().st_mode):
+            raise ConfigError(f"{self._path} exists and is not a socket; choose another --unix-socket")
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            try:
+                probe.connect(str(self._path))
+            except ConnectionRefusedError:
+                self._path.unlink()
+                return
+        raise ConfigError(f"another server is listening on {self._path}; stop it, or choose another --unix-socket")
+
+    def remove(self) -> None:
+        """Remove the socket file, if it is still the one made here."""
+        try:
+            state = self._path.lstat()
+            if (state.st_dev, state.st_ino) == self._identity:
+                self._path.unlink()
+        except OSError:
+            return
+
+
+def _bind_private(sock: socket.socket, path: Path) -> None:
+    # The umask makes it 0600 from the instant it exists. Bound by the standard library, in this thread: trio's bind
+    # hops to another, and a umask around that would race with whatever else makes files.
+    before = os.umask(0o177)
+    try:
+        sock.bind(str(path))
+    finally:
+        os.umask(before)

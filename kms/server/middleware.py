@@ -1,0 +1,187 @@
+"""The chain every request passes: audit(authenticate(authorize(handler))).
+
+Authentication comes before validation. A line that does not decode is still asked for its token, and a caller who is
+nobody learns nothing about what was wrong with the line. The audit stands outermost, so that it sees every outcome:
+control-plane operations and every refusal are logged, never a token, plaintext, ciphertext or AAD.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import traceback
+from collections.abc import Awaitable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kms.core import ciphertext
+from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
+from kms.core.secret import Secret
+from kms.errors import (
+    AuthFailedError,
+    FrameTooLargeError,
+    InternalError,
+    UnauthorizedError,
+    WireError,
+)
+from kms.server.handlers import Answer, Handler, group_of
+from kms.wire.messages import (
+    Decrypt,
+    ErrorReply,
+    ReEncrypt,
+    Reply,
+    Request,
+    UndecodableRequestError,
+    decode_request,
+    encode,
+)
+
+log: Final = logging.getLogger("kms.audit")
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a connection: a number for the log, and `unix` or `tcp`."""
+
+    connection: int
+    transport: str
+
+
+class Authenticator:
+    """Knows the two tokens by their SHA-256 digests only."""
+
+    def __init__(self, api_token: Secret, admin_token: Secret) -> None:
+        """The tokens are not kept; the caller should wipe them."""
+        self._digests = {Plane.DATA: _digest(api_token), Plane.CONTROL: _digest(admin_token)}
+        self._principals = {Plane.DATA: Principal("api", Plane.DATA), Plane.CONTROL: Principal("admin", Plane.CONTROL)}
+
+    def authenticate(self, plane: Plane, token: str) -> Principal:
+        """The principal of `plane` if `token` is that plane's; raises `AuthFailedError`."""
+        try:
+            presented = hashlib.sha256(token.encode("utf-8")).digest()
+        except UnicodeEncodeError:  # a lone surrogate, which no token has
+            presented = b""
+        if hmac.compare_digest(presented, self._digests[plane]):
+            return self._principals[plane]
+        raise AuthFailedError("invalid API token" if plane is Plane.DATA else "invalid admin token")
+
+
+def _digest(token: Secret) -> bytes:
+    with token.view() as view:
+        return hashlib.sha256(view).digest()
+
+
+def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any) -> None:
+    """Ask `policy` once for each operation and group that `request` needs; raises `UnauthorizedError`.
+
+    ReEncrypt needs DECRYPT on the group the blob names and RE_ENCRYPT on the destination. A blob that names no group
+    raises `DecryptionFailedError`, as it would when opened.
+    """
+    kind = type(request)
+    if kind is Decrypt or kind is ReEncrypt:
+        source = ciphertext.parse(request.ciphertext).group
+        _require(policy, principal, Operation.DECRYPT, source)
+        if kind is ReEncrypt:
+            _require(policy, principal, Operation.RE_ENCRYPT, group_of(request.key_id))
+        return
+    group = request.key_id if hasattr(request, "key_id") else None
+    if request.plane is Plane.DATA and request.operation is not Operation.HEALTH:
+        group = group_of(group)
+    _require(policy, principal, request.operation, group)
+
+
+def _require(policy: KeyAuthorizationPolicy, principal: Principal, operation: Operation, group: str | None) -> None:
+    if not policy.allows(principal, operation, group):
+        raise UnauthorizedError("the policy does not allow this operation on this key group")
+
+
+class RequestPipeline:
+    """From one line to one encoded reply. It never raises: what went wrong is the reply."""
+
+    def __init__(
+        self, handlers: dict[type[Request], Handler], authenticator: Authenticator, policy: KeyAuthorizationPolicy
+    ) -> None:
+        self._handlers = handlers
+        self._authenticator = authenticator
+        self._policy = policy
+
+    def serve(self, line: bytes, peer: Peer) -> bytes | Awaitable[bytes]:
+        """The reply line to `line`, without its line end; an awaitable of it when the keyring must be asked."""
+        try:
+            request = decode_request(line)
+        except UndecodableRequestError as error:
+            return self._refuse_undecodable(error, peer)
+        return self._audited(request, peer)
+
+    def frame_too_large(self, limit: int, peer: Peer) -> bytes:
+        """The reply to a line over the limit, after which the connection is closed."""
+        return _refused(None, peer, FrameTooLargeError(f"a request line has at most {limit} bytes"))
+
+    def _audited(self, request: Request, peer: Peer) -> bytes | Awaitable[bytes]:
+        try:
+            answer = self._authenticated(request)
+        except WireError as error:
+            return _refused(request, peer, error)
+        except Exception as error:  # a bug must cost one reply, not the connection
+            return _broken(request, peer, error)
+        if isinstance(answer, Reply):
+            if request.plane is Plane.CONTROL:
+                _record(request, peer, "ok")
+            return encode(answer)
+        return _audited_later(request, peer, answer)
+
+    def _authenticated(self, request: Request) -> Answer:
+        principal = self._authenticator.authenticate(request.plane, request.token)
+        authorize(self._policy, principal, request)
+        return self._handlers[type(request)](request)
+
+    def _refuse_undecodable(self, error: UndecodableRequestError, peer: Peer) -> bytes:
+        refusal: WireError = error.reason
+        if error.kind is not None:
+            try:
+                self._authenticator.authenticate(error.kind.plane, error.token)
+            except AuthFailedError as failure:
+                refusal = failure
+        return _refused(error.kind, peer, refusal)
+
+
+async def _audited_later(request: Request, peer: Peer, answer: Awaitable[Reply]) -> bytes:
+    try:
+        reply = await answer
+    except WireError as error:
+        return _refused(request, peer, error)
+    except Exception as error:  # a bug must cost one reply, not the connection
+        return _broken(request, peer, error)
+    _record(request, peer, "ok")
+    return encode(reply)
+
+
+def _refused(request: Request | type[Request] | None, peer: Peer, error: WireError) -> bytes:
+    _record(request, peer, error.code)
+    return encode(ErrorReply(error.code, str(error)))
+
+
+def _broken(request: Request, peer: Peer, error: Exception) -> bytes:
+    log_bug(f"unexpected error in {request.operation.value}", error)
+    return _refused(request, peer, InternalError("internal error; the server's log has the details"))
+
+
+def log_bug(what: str, error: BaseException) -> None:
+    """Log where `error` was raised and its kind, never its text: that could quote a request."""
+    where = "".join(traceback.format_tb(error.__traceback__))
+    logging.getLogger(__name__).error("%s: %s\n%s", what, type(error).__name__, where)
+
+
+def _record(request: Request | type[Request] | None, peer: Peer, outcome: str) -> None:
+    operation = "-" if request is None else request.operation.value
+    group = getattr(request, "key_id", None) if isinstance(request, Request) else None
+    log.info(
+        "connection=%d transport=%s operation=%s group=%r version=%s outcome=%s",
+        peer.connection,
+        peer.transport,
+        operation,
+        group,
+        getattr(request, "version", "-") if isinstance(request, Request) else "-",
+        outcome,
+    )
