@@ -58,7 +58,9 @@ class DurableFile:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            # Whatever ended this early is the error that counts, not that closing failed after it.
+            with contextlib.suppress(OSError):
+                os.close(self._descriptor)
         if not self._committed:
             with contextlib.suppress(OSError):
                 self._temp.unlink()

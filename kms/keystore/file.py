@@ -53,9 +53,14 @@ class KeystoreLock:
             holder = os.read(self._descriptor, 32).decode("ascii", "replace").strip() or "unknown"
             os.close(self._descriptor)
             raise KeystoreLockedError(f"the keystore {keystore} is in use by process {holder}; stop it first") from None
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-        durable.remove_stale_temp_files(keystore)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
+            for written in (keystore, _kept_path(keystore)):
+                durable.remove_stale_temp_files(written)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise FileAccessError(f"cannot write to the directory {keystore.parent}: {error.strerror}") from error
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -112,7 +117,7 @@ class Keystore:
         self._replaces = None
 
     def _keep_replaced(self, raw: bytes) -> None:
-        kept = self.path.with_name(self.path.name + ".v2")
+        kept = _kept_path(self.path)
         if not os.path.lexists(kept):
             try:
                 durable.write_file(kept, raw)
@@ -123,6 +128,11 @@ class Keystore:
     def wipe(self) -> None:
         """Wipe the sub-keys of the root key. The keystore cannot be used afterwards."""
         self._keys.wipe()
+
+
+def _kept_path(keystore: Path) -> Path:
+    """Where a format 2 file is kept when it is migrated."""
+    return keystore.with_name(keystore.name + ".v2")
 
 
 def initialise(

@@ -184,10 +184,19 @@ class _Head(Struct):
     token: Any = None
 
 
+class _BinaryTexts(Struct):
+    """The binary fields as they stand in the line. Raw, so that of a field some request ignores nothing is decoded."""
+
+    plaintext: msgspec.Raw = msgspec.Raw()
+    ciphertext: msgspec.Raw = msgspec.Raw()
+    aad: msgspec.Raw = msgspec.Raw()
+
+
 _encoder: Final = msgspec.json.Encoder()
 _request_decoder: Final = msgspec.json.Decoder(AnyRequest)
 _head_decoder: Final = msgspec.json.Decoder(_Head)
-_loose_decoder: Final = msgspec.json.Decoder(dict[str, Any])
+_texts_decoder: Final = msgspec.json.Decoder(_BinaryTexts)
+_text_decoder: Final = msgspec.json.Decoder(str)
 _request_types: Final[dict[str, type[Request]]] = {kind.__struct_config__.tag: kind for kind in AnyRequest.__args__}
 
 encode = _encoder.encode
@@ -216,7 +225,8 @@ def decode_request(line: bytes) -> Request:
         request: Request = _request_decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _undecodable(line, error) from None
-    if b"=" in line and not _has_canonical_padding(line):
+    # A backslash, too: the padding may be escaped.
+    if (b"=" in line or b"\\" in line) and not _has_canonical_padding(line):
         field = _non_canonical_field(request, line)
         if field is not None:
             reason = InvalidRequestError(f"{field}: not canonical base64")
@@ -233,10 +243,10 @@ def _has_canonical_padding(line: bytes) -> bool:
 
 
 def _non_canonical_field(request: Request, line: bytes) -> str | None:
-    texts = _loose_decoder.decode(line)
+    texts = _texts_decoder.decode(line)
     for name in ("plaintext", "ciphertext", "aad"):
         value = getattr(request, name, None)
-        if value is not None and texts[name] != b64encode(value).decode("ascii"):
+        if value is not None and _text_decoder.decode(getattr(texts, name)) != b64encode(value).decode("ascii"):
             return name
     return None
 

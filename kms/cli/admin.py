@@ -1,0 +1,288 @@
+"""`kms-admin`: setting up, and the control plane."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import rich_click as click
+
+from kms.cli import prompt, render
+from kms.cli.options import (
+    ADMIN,
+    API,
+    PATH,
+    Settings,
+    address_options,
+    connected,
+    epilog,
+    examples,
+    json_option,
+    version_option,
+)
+from kms.cli.run import one_line, run, stop_signals_raise
+from kms.errors import ConfigError, FileAccessError, InputMissingError, SaveOutcomeUnknownError
+from kms.host.hardening import forbid_dumps
+from kms.limits import MAX_VERSION, TOKEN_BYTES
+from kms.server.config import ServerConfig, data_directory, resolve
+
+if TYPE_CHECKING:
+    from kms.core.secret import Secret
+    from kms.wire.messages import KeyGroupView
+
+PROGRAM: Final = "kms-admin"
+_ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_"
+_TOKEN_CHARACTERS: Final = -(-TOKEN_BYTES * 8 // 6)
+"""Six bits each."""
+
+_key = click.option("--key", metavar="NAME", required=True, help="Key group.")
+_version = click.option(
+    "--version", type=click.IntRange(1, MAX_VERSION), metavar="N", required=True, help="Version of its key."
+)
+_keystore = click.option("--keystore", type=PATH, metavar="PATH", help="[MINIKMS_KEYSTORE or <data>/keystore.json]")
+_passphrase_file = click.option(
+    "--passphrase-file", type=PATH, metavar="PATH", help="Passphrase. [MINIKMS_PASSPHRASE_FILE; else asked for]"
+)
+
+
+@click.group(
+    epilog=epilog(
+        PROGRAM,
+        "kms-admin init",
+        "kms-admin create-key --key billing",
+        "kms-admin rotate-key --key billing",
+        "kms-admin --json list-keys | jq .keyGroups",
+    )
+)
+@address_options
+@click.option(
+    "--admin-token-file", type=PATH, metavar="PATH", help="Admin token. [MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]"
+)
+@json_option
+@version_option
+@click.pass_context
+def command(
+    context: click.Context, tcp: str | None, unix: str | None, admin_token_file: str | None, *, as_json: bool
+) -> None:
+    """Set up mini-kms and manage its keys.
+
+    The admin token comes from MINIKMS_ADMIN_TOKEN, else from its file, else you are asked for it. The server is found
+    at its Unix socket if that exists, else at 127.0.0.1:9123.
+    """
+    context.obj = Settings(tcp, unix, admin_token_file, as_json)
+
+
+@command.command("list-keys", epilog=examples("kms-admin list-keys | grep ACTIVE"))
+@click.pass_obj
+def list_keys(settings: Settings) -> None:
+    """List the key groups and their versions."""
+    with connected(settings, ADMIN) as (client, _):
+        groups = client.list_key_groups()
+    if settings.json:
+        render.document(keyGroups=groups)
+    else:
+        render.key_groups(groups)
+
+
+@command.command("create-key", epilog=examples("kms-admin create-key --key billing"))
+@_key
+@click.pass_obj
+def create_key(settings: Settings, key: str) -> None:
+    """Make a key group; its version 1 is active."""
+    with connected(settings, ADMIN) as (client, _):
+        group = client.create_key_group(key)
+    _show_group(settings, group, "created")
+
+
+@command.command("rotate-key", epilog=examples("kms-admin rotate-key --key billing"))
+@_key
+@click.pass_obj
+def rotate_key(settings: Settings, key: str) -> None:
+    """Make a new active version; what older ones encrypted still opens."""
+    with connected(settings, ADMIN) as (client, _):
+        group = client.rotate_key_group(key)
+    _show_group(settings, group, "rotated")
+
+
+@command.command("disable-version", epilog=examples("kms-admin disable-version --key billing --version 1"))
+@_key
+@_version
+@click.pass_obj
+def disable_version(settings: Settings, key: str, version: int) -> None:
+    """Forbid a version to decrypt, until it is enabled again."""
+    with connected(settings, ADMIN) as (client, _):
+        detail = client.disable_version(key, version)
+    _show_detail(settings, detail)
+
+
+@command.command("enable-version", epilog=examples("kms-admin enable-version --key billing --version 1"))
+@_key
+@_version
+@click.pass_obj
+def enable_version(settings: Settings, key: str, version: int) -> None:
+    """Let a disabled version decrypt again."""
+    with connected(settings, ADMIN) as (client, _):
+        detail = client.enable_version(key, version)
+    _show_detail(settings, detail)
+
+
+@command.command("destroy-version", epilog=examples("kms-admin destroy-version --key billing --version 1"))
+@_key
+@_version
+@click.option("--yes", is_flag=True, help="Do not ask; for scripts.")
+@click.pass_obj
+def destroy_version(settings: Settings, key: str, version: int, *, yes: bool) -> None:
+    """Destroy a version's key for good: nothing it encrypted can ever be decrypted again."""
+    if not yes:
+        prompt.confirm(
+            one_line(
+                f"Destroying version {version} of {key} can never be undone: everything encrypted under it, files and "
+                "data keys too, is lost for good."
+            ),
+            "give --yes to destroy without being asked",
+        )
+    with connected(settings, ADMIN) as (client, _):
+        detail = client.destroy_version(key, version)
+    _show_detail(settings, detail)
+
+
+@command.command(epilog=examples("kms-admin init", "kms-admin init --passphrase-file /root/passphrase"))
+@_keystore
+@click.option("--token-file", type=PATH, metavar="PATH", help="[MINIKMS_API_TOKEN_FILE or <data>/api.token]")
+@click.option("--admin-token-file", type=PATH, metavar="PATH", help="[MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]")
+@_passphrase_file
+@click.pass_obj
+def init(
+    settings: Settings,
+    keystore: str | None,
+    token_file: str | None,
+    admin_token_file: str | None,
+    passphrase_file: str | None,
+) -> None:
+    """Make the data directory, two fresh tokens and a keystore with the group `default`.
+
+    Needs no server. If any of them is there already, nothing is touched.
+    """
+    config = resolve(
+        {
+            "keystore": keystore,
+            "token_file": token_file,
+            "admin_token_file": admin_token_file or settings.token_file,
+            "passphrase_file": passphrase_file,
+        },
+        os.environ,
+    )
+    data = data_directory(os.environ)
+    tokens = (config.token_file or data / API.file_name, config.admin_token_file or data / ADMIN.file_name)
+    if len({config.keystore, *tokens}) != 1 + len(tokens):
+        raise ConfigError("keystore, token file and admin token file must be three files; name another")
+    for path in (config.keystore, *tokens):
+        if os.path.lexists(path):
+            raise ConfigError(f"{path} exists already and nothing was changed; move it away, or just start kms-server")
+    with _passphrase(config, new=True) as passphrase:
+        _make(config.keystore, tokens, passphrase)
+    if settings.json:
+        render.document(keystore=str(config.keystore), tokenFile=str(tokens[0]), adminTokenFile=str(tokens[1]))
+        return
+    render.text(f"keystore     {config.keystore}")
+    render.text(f"API token    {tokens[0]}")
+    render.text(f"admin token  {tokens[1]}")
+    render.text("Keep the passphrase safe: without it nothing can be decrypted, and nobody can recover it.")
+    render.text("Next: start kms-server, then try: kms-client health")
+
+
+def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
+    from kms.core.derive import KdfParameters
+    from kms.keystore.file import KeystoreLock, initialise
+
+    made: list[Path] = []
+    with KeystoreLock(keystore) as lock:
+        try:
+            for path in tokens:
+                _write_token(path, made)
+            store, _ = initialise(lock, passphrase, now=int(time.time()), parameters=KdfParameters())
+            store.wipe()
+        except SaveOutcomeUnknownError:
+            # The keystore may be there; with its tokens it is of use.
+            raise
+        except BaseException:
+            for path in made:
+                path.unlink(missing_ok=True)
+            raise
+
+
+def _write_token(path: Path, made: list[Path]) -> None:
+    """A fresh token, durably, in a new file of mode 0600 at `path`, which joins `made` once it exists."""
+    from kms.core.secret import Secret
+    from kms.host.durable import fsync_directory
+    from kms.host.entropy import random_secret
+    from kms.host.private import make_private_directory
+
+    if not path.parent.exists():
+        make_private_directory(path.parent)
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+        made.append(path)
+        with random_secret(_TOKEN_CHARACTERS) as random, random.view() as octets, os.fdopen(descriptor, "wb", 0) as file:
+            with Secret(bytearray(_ALPHABET[octet % len(_ALPHABET)] for octet in octets)) as token, token.view() as view:
+                file.write(view)
+            file.write(b"\n")
+            os.fsync(file.fileno())
+        fsync_directory(path.parent)
+    except OSError as error:
+        raise FileAccessError(f"cannot make {path}: {error.strerror}; nothing was kept") from error
+
+
+@command.command("change-passphrase", epilog=examples("kms-admin change-passphrase --keystore ~/.mini-kms/keystore.json"))
+@_keystore
+@_passphrase_file
+@click.option(
+    "--new-passphrase-file",
+    type=PATH,
+    metavar="PATH",
+    help="New passphrase. [MINIKMS_NEW_PASSPHRASE first; else asked for]",
+)
+@click.pass_obj
+def change_passphrase(
+    settings: Settings, keystore: str | None, passphrase_file: str | None, new_passphrase_file: str | None
+) -> None:
+    """Wrap all keys under a new passphrase; the server must be stopped. Every ciphertext still opens."""
+    from kms.core.derive import KdfParameters
+    from kms.keystore import file
+
+    config = resolve({"keystore": keystore, "passphrase_file": passphrase_file}, os.environ)
+    if not os.path.lexists(config.keystore):
+        raise InputMissingError(f"there is no keystore at {config.keystore}; make one with: kms-admin init")
+    with file.KeystoreLock(config.keystore) as lock, _passphrase(config, new=False) as old:
+        new_file = Path(new_passphrase_file) if new_passphrase_file else None
+        with prompt.obtain("new passphrase", "MINIKMS_NEW_PASSPHRASE", new_file, "--new-passphrase-file", new=True) as new:
+            file.change_passphrase(lock, old, new, parameters=KdfParameters())
+    _show_detail(settings, "passphrase changed")
+
+
+def _passphrase(config: ServerConfig, *, new: bool) -> Secret:
+    return prompt.obtain("passphrase", "MINIKMS_PASSPHRASE", config.passphrase_file, "--passphrase-file", new=new)
+
+
+def _show_detail(settings: Settings, detail: str) -> None:
+    if settings.json:
+        render.document(detail=detail)
+    else:
+        render.text(detail)
+
+
+def _show_group(settings: Settings, group: KeyGroupView, done: str) -> None:
+    if settings.json:
+        render.document(keyGroup=group)
+    else:
+        render.text(f"{group.key_id} {done}; version {group.active_version} is active")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `kms-admin` and return its exit status (SPEC section 5)."""
+    forbid_dumps()
+    with stop_signals_raise():
+        return run(command, PROGRAM, arguments)

@@ -1,0 +1,219 @@
+"""What the commands have in common: options, paths where `-` is a stream, and how a server is found and called."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+
+import rich_click as click
+
+from kms.cli.prompt import obtain
+from kms.errors import ConfigError, FileAccessError, InputError, InputMissingError
+from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT
+from kms.server.config import data_directory
+
+if TYPE_CHECKING:
+    from kms.client.blocking import KmsClient
+    from kms.core.secret import Secret
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+PATH: Final = click.Path()
+"""Completes file names. A str, not a Path, since `./-` is a file and `-` is a stream."""
+_MAX_PORT: Final = 65535
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What stands before the name of a command."""
+
+    tcp: str | None
+    unix: str | None
+    token_file: str | None
+    json: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One of the two tokens and where it is found."""
+
+    name: str
+    variable: str
+    file_variable: str
+    file_name: str
+    option: str
+
+
+API: Final = Plane("API token", "MINIKMS_API_TOKEN", "MINIKMS_API_TOKEN_FILE", "api.token", "--token-file")
+ADMIN: Final = Plane("admin token", "MINIKMS_ADMIN_TOKEN", "MINIKMS_ADMIN_TOKEN_FILE", "admin.token", "--admin-token-file")
+
+
+class Address(NamedTuple):
+    """Where the server is: a Unix socket, or else host and port."""
+
+    unix: Path | None
+    host: str = DEFAULT_TCP_HOST
+    port: int = DEFAULT_TCP_PORT
+
+
+def address_options(command: F) -> F:
+    """`--tcp` and `--unix`."""
+    unix = click.option(
+        "--unix", type=PATH, metavar="PATH", help="Unix socket of the server. [MINIKMS_UNIX_SOCKET or <data>/kms.sock]"
+    )
+    tcp = click.option("--tcp", metavar="HOST:PORT", help="TCP address of the server; a loopback address only.")
+    return tcp(unix(command))
+
+
+def json_option(command: F) -> F:
+    """`--json`."""
+    return click.option("--json", "as_json", is_flag=True, help="Print one JSON document.")(command)
+
+
+def version_option(command: F) -> F:
+    """`--version`."""
+
+    def show(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
+        if value:
+            click.echo(f"{context.info_name} {_version()}")
+            context.exit()
+
+    return click.option(
+        "--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help="Show the version and exit."
+    )(command)
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("mini-kms")
+    except PackageNotFoundError:
+        return "(run from its source)"
+
+
+def epilog(program: str, *lines: str) -> str:
+    """A help text's end: examples, and how to get completion."""
+    name = program.replace("-", "_").upper()
+    completion = f'Completion in bash (also zsh_source, fish_source): eval "$(_{name}_COMPLETE=bash_source {program})"'
+    return f"{examples(*lines)}\n\n{completion}"
+
+
+def examples(*lines: str) -> str:
+    """The examples under a command's help."""
+    # rich-click keeps a line of an epilog apart only as a paragraph.
+    return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))
+
+
+def find_server(tcp: str | None, unix: str | None, environ: Mapping[str, str]) -> Address:
+    """Where the server is, from the flags or the environment; raises `ConfigError`."""
+    if tcp is not None and unix is not None:
+        raise ConfigError("--tcp and --unix exclude each other; give one")
+    if unix is not None:
+        return Address(Path(unix))
+    if tcp is not None:
+        return _parse_tcp(tcp)
+    socket = Path(environ.get("MINIKMS_UNIX_SOCKET") or data_directory(environ) / "kms.sock")
+    if socket.exists():
+        return Address(socket)
+    return Address(None, port=_port(environ.get("MINIKMS_TCP_PORT") or str(DEFAULT_TCP_PORT), "MINIKMS_TCP_PORT"))
+
+
+def _parse_tcp(text: str) -> Address:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host:
+        raise ConfigError(f"--tcp: give HOST:PORT, such as {DEFAULT_TCP_HOST}:{DEFAULT_TCP_PORT}")
+    host = host.removeprefix("[").removesuffix("]")
+    if not _is_loopback(host):
+        raise ConfigError("--tcp: not a loopback address; the protocol is not encrypted, use 127.0.0.1, ::1 or a tunnel")
+    return Address(None, host, _port(port, "--tcp"))
+
+
+def _is_loopback(host: str) -> bool:
+    from ipaddress import ip_address
+
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _port(text: str, origin: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_PORT):
+        raise ConfigError(f"{origin}: a port is a number from 1 to {_MAX_PORT}")
+    return int(text)
+
+
+@contextlib.contextmanager
+def connected(settings: Settings, plane: Plane) -> Iterator[tuple[KmsClient, Secret]]:
+    """A client of the server that `settings` name, and the token it shows, wiped afterwards."""
+    from kms.client.blocking import KmsClient
+
+    address = find_server(settings.tcp, settings.unix, os.environ)
+    with obtain(plane.name, plane.variable, token_file(settings.token_file, plane), plane.option) as token:
+        if address.unix is not None:
+            client = KmsClient.connect_unix(address.unix, token=token)
+        else:
+            client = KmsClient.connect_tcp(address.host, address.port, token=token)
+        with client:
+            yield client, token
+
+
+def token_file(flag: str | None, plane: Plane) -> Path | None:
+    """The file that holds the token of `plane`: flag, then environment, then the data directory's if it exists."""
+    named = flag or os.environ.get(plane.file_variable)
+    if named:
+        return Path(named)
+    usual = data_directory(os.environ) / plane.file_name
+    return usual if os.path.lexists(usual) else None
+
+
+def stream_or_path(text: str) -> Path | None:
+    """None for `-`, which is standard input or output."""
+    return None if text == "-" else Path(text)
+
+
+def utf8(option: str, text: str) -> bytes:
+    """What was typed after `option`, as UTF-8; raises `ConfigError` when the shell passed bytes that are not."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError:
+        raise ConfigError(f"{option}: not UTF-8; put binary data into a file") from None
+
+
+def read_bounded(path: Path | None, limit: int, remedy: str) -> bytes:
+    """All of `path` (None: standard input), at most `limit` bytes; raises `InputError` with `remedy` for more."""
+    name = "standard input" if path is None else str(path)
+    try:
+        if path is None:
+            data = sys.stdin.buffer.read(limit + 1)
+        else:
+            with path.open("rb") as file:
+                data = file.read(limit + 1)
+    except FileNotFoundError:
+        raise InputMissingError(f"there is no file {name}") from None
+    except IsADirectoryError:
+        raise InputError(f"{name} is a directory; name a file") from None
+    except OSError as error:
+        raise FileAccessError(f"cannot read {name}: {error.strerror}") from error
+    if len(data) > limit:
+        raise InputError(f"{name} is too large for one request; {remedy}")
+    return data
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """`data` durably at `path`, mode 0600; through a symbolic link, but never over a device or a pipe."""
+    from kms.host.durable import write_file
+
+    try:
+        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
+            raise InputError(f"{path} is not a regular file; name another, or use - for standard output")
+        write_file(Path(os.path.realpath(path)), data)
+    except OSError as error:
+        raise FileAccessError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,171 @@
+"""The boundary between a command and the shell: every way a command can end, as an exit status and at most one line.
+
+Nothing past this point sees an exception. A line names what went wrong and what to do about it, never a secret and
+never a traceback; what comes from outside (a server's message, a file's name) cannot move the cursor or add a line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from types import FrameType, TracebackType
+from typing import Final
+
+import rich_click as click
+from click.exceptions import Exit
+
+from kms.errors import (
+    EXIT_INTERNAL,
+    EXIT_IO,
+    EXIT_OK,
+    EXIT_USAGE,
+    AuthFailedError,
+    DecryptionFailedError,
+    FrameTooLargeError,
+    InternalError,
+    KmsError,
+    ProtocolError,
+    UnauthorizedError,
+)
+
+EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
+EXIT_BROKEN_PIPE: Final = 128 + signal.SIGPIPE
+"""What a shell reports for a program that SIGPIPE ended, as it ends most programs whose reader went away."""
+
+_REMEDIES: Final[dict[type[KmsError], str]] = {
+    AuthFailedError: "check the token file, or the token in the environment",
+    UnauthorizedError: "ask whoever runs the server for access",
+    DecryptionFailedError: "check that --aad is what it was encrypted with, and that its key version is enabled",
+    FrameTooLargeError: "use encrypt-file for data of this size",
+    InternalError: "look into the server's log",
+    ProtocolError: "check that a mini-kms server answers at this address",
+}
+"""What to do about the errors whose text comes from a server, which cannot know how it was called."""
+
+_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
+
+
+class StoppedError(BaseException):
+    """A signal asks this process to end.
+
+    No `Exception`, so that nothing between the work and the boundary takes it for a failure of the work.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+@contextlib.contextmanager
+def stop_signals_raise() -> Iterator[None]:
+    """Make SIGTERM and SIGHUP unwind the stack, so that temp files are removed and a terminal's echo comes back.
+
+    One that is ignored stays ignored: nohup(1) means it.
+    """
+    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+    for number, handler in before.items():
+        if handler is signal.SIG_DFL:
+            signal.signal(number, _raise_stopped)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is signal.SIG_DFL:
+                signal.signal(number, handler)
+
+
+def _raise_stopped(number: int, _frame: FrameType | None) -> None:
+    raise StoppedError(number)
+
+
+def run(command: click.Command, program: str, arguments: Sequence[str] | None = None) -> int:
+    """Run `command` with `arguments` (those of the process by default) and return the exit status."""
+    if os.environ.get(f"_{program}_COMPLETE".replace("-", "_").upper()):
+        # A shell asks for completions: click answers and exits.
+        command.main(prog_name=program)
+    try:
+        status = _invoke(command, program, sys.argv[1:] if arguments is None else list(arguments))
+    except KmsError as error:
+        remedy = _REMEDIES.get(type(error))
+        message = str(error)
+        return _fail(program, f"{message}; {remedy}" if remedy and ";" not in message else message, error.exit_code)
+    except click.ClickException as error:
+        return _fail(program, f"{_usage_complaint(error)}; see {_path_of(error, program)} --help", EXIT_USAGE)
+    except (click.Abort, KeyboardInterrupt):
+        return _fail(program, "interrupted; it was not finished", EXIT_INTERRUPTED)
+    except StoppedError as stop:
+        return _fail(program, f"stopped by {signal.Signals(stop.number).name}; it was not finished", 128 + stop.number)
+    except BrokenPipeError:
+        _abandon_stdout()
+        return EXIT_BROKEN_PIPE
+    except OSError as error:
+        _abandon_stdout()
+        return _fail(program, _system_complaint(error), EXIT_IO)
+    except Exception as error:
+        # The text of an exception nobody foresaw may hold anything, so only its kind and place are told.
+        where = _place(error.__traceback__)
+        return _fail(program, f"internal error ({type(error).__name__} at {where}); please report it", EXIT_INTERNAL)
+    return status
+
+
+def _invoke(command: click.Command, program: str, arguments: list[str]) -> int:
+    # Not `command.main(standalone_mode=False)`: rich-click's exits by itself, with the status that here means "the
+    # server refused", when the reader of standard output has gone.
+    try:
+        with command.make_context(program, arguments) as context:
+            result = command.invoke(context)
+    except Exit as end:
+        result = end.exit_code
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    return result if isinstance(result, int) else EXIT_OK
+
+
+def one_line(text: str) -> str:
+    """`text` with whatever is not printable escaped: it can neither add a line nor speak to the terminal."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
+
+
+def _fail(program: str, message: str, status: int) -> int:
+    with contextlib.suppress(OSError):
+        click.echo(f"{program}: error: {one_line(message)}", err=True)
+    return status
+
+
+def _usage_complaint(error: click.ClickException) -> str:
+    message = " ".join(error.format_message().split()).rstrip(".")
+    if message.startswith("Got unexpected extra argument"):
+        # Those that follow in parentheses may be the rest of an unquoted --text.
+        message = message.partition(" (")[0]
+    return message[:1].lower() + message[1:]
+
+
+def _path_of(error: click.ClickException, program: str) -> str:
+    context = getattr(error, "ctx", None)
+    return context.command_path if isinstance(context, click.Context) else program
+
+
+def _system_complaint(error: OSError) -> str:
+    what = error.strerror or type(error).__name__
+    return f"{error.filename}: {what}" if error.filename else f"input or output failed: {what}"
+
+
+def _abandon_stdout() -> None:
+    # What is still buffered cannot be written; the interpreter would try again at exit, and complain.
+    try:
+        sys.stdout.flush()
+    except OSError:
+        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
+        os.dup2(null, sys.stdout.fileno())
+        os.close(null)
+
+
+def _place(trace: TracebackType | None) -> str:
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    if trace is None:
+        return "an unknown place"
+    return f"{trace.tb_frame.f_globals.get('__name__', '?')}:{trace.tb_lineno}"

@@ -1,0 +1,100 @@
+"""`kms-server`: configuration and secrets, then the daemon."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any, Final
+
+import rich_click as click
+
+from kms.cli.options import ADMIN, API, PATH, Plane, epilog, version_option
+from kms.cli.prompt import obtain
+from kms.cli.run import one_line, run, stop_signals_raise
+from kms.core.secret import Secret
+from kms.errors import ConfigError
+from kms.host.hardening import forbid_dumps
+from kms.server.config import ServerConfig, resolve
+
+PROGRAM: Final = "kms-server"
+
+
+@click.command(
+    epilog=epilog(
+        PROGRAM,
+        "kms-server",
+        "kms-server --no-tcp --unix-socket /run/kms/kms.sock --passphrase-file /root/passphrase",
+        "MINIKMS_TCP_PORT=0 kms-server --no-unix",
+    )
+)
+@click.option("--tcp-port", metavar="N", help="Port on 127.0.0.1; 0 is any free one. [MINIKMS_TCP_PORT or 9123]")
+@click.option("--unix-socket", type=PATH, metavar="PATH", help="[MINIKMS_UNIX_SOCKET or <data>/kms.sock]")
+@click.option("--keystore", type=PATH, metavar="PATH", help="[MINIKMS_KEYSTORE or <data>/keystore.json]")
+@click.option("--token-file", type=PATH, metavar="PATH", help="[MINIKMS_API_TOKEN_FILE or <data>/api.token]")
+@click.option("--admin-token-file", type=PATH, metavar="PATH", help="[MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]")
+@click.option(
+    "--passphrase-file",
+    type=PATH,
+    metavar="PATH",
+    help="[MINIKMS_PASSPHRASE_FILE or $CREDENTIALS_DIRECTORY/passphrase; else asked for]",
+)
+@click.option("--max-frame-bytes", metavar="N", help="Longest request line. [MINIKMS_MAX_FRAME_BYTES or 1048576]")
+@click.option("--idle-timeout-ms", metavar="N", help="Until an idle client is cut off. [MINIKMS_IDLE_TIMEOUT_MS or 30000]")
+@click.option("--max-connections", metavar="N", help="Over both listeners. [MINIKMS_MAX_CONNECTIONS or 256]")
+@click.option("--no-tcp", is_flag=True, help="Do not listen on TCP.")
+@click.option("--no-unix", is_flag=True, help="Do not listen on a Unix socket.")
+@version_option
+def command(**flags: Any) -> int:
+    """Serve keys on loopback TCP and a Unix socket until SIGINT or SIGTERM.
+
+    A first run makes the keystore. Secrets are never flags: MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and
+    MINIKMS_ADMIN_TOKEN win over the files; what neither gives is asked for. <data> is $XDG_DATA_HOME/mini-kms or
+    ~/.mini-kms; kms-admin init fills it.
+    """
+    config = resolve(flags, os.environ)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    with contextlib.ExitStack() as secrets:
+        # Only until the daemon runs: it has its own way to stop.
+        with stop_signals_raise():
+            api, admin, passphrase = _secrets(config, secrets)
+        from kms.core.derive import KdfParameters
+        from kms.server import daemon
+
+        return daemon.run(config, passphrase, api, admin, parameters=KdfParameters(), say=_say)
+
+
+def _secrets(config: ServerConfig, wiped: contextlib.ExitStack) -> tuple[Secret, Secret, Secret]:
+    api = wiped.enter_context(_token(API, config))
+    admin = wiped.enter_context(_token(ADMIN, config))
+    if hmac.compare_digest(_digest(api), _digest(admin)):
+        raise ConfigError("the API token and the admin token are the same; give each plane its own")
+    is_first_run = not os.path.lexists(config.keystore)
+    passphrase = wiped.enter_context(
+        obtain("passphrase", "MINIKMS_PASSPHRASE", config.passphrase_file, "--passphrase-file", new=is_first_run)
+    )
+    return api, admin, passphrase
+
+
+def _token(plane: Plane, config: ServerConfig) -> Secret:
+    file = config.token_file if plane is API else config.admin_token_file
+    return obtain(plane.name, plane.variable, file, plane.option)
+
+
+def _digest(token: Secret) -> bytes:
+    with token.view() as view:
+        return hashlib.sha256(view).digest()
+
+
+def _say(line: str) -> None:
+    click.echo(f"{PROGRAM}: {one_line(line)}", err=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `kms-server` and return its exit status (SPEC section 5)."""
+    forbid_dumps()
+    return run(command, PROGRAM, arguments)

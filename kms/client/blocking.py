@@ -1,0 +1,174 @@
+"""The client for ordinary programs: plain sockets, no event loop, no trio."""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import Self
+
+from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
+from kms.client.transport import advance, closed, refused, silent
+from kms.errors import ServerUnreachableError
+from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, REPLY_TIMEOUT
+from kms.wire.messages import KeyGroupView
+
+
+class KmsClient:
+    """One connection to a server, for one thread at a time. Make it with `connect_unix` or `connect_tcp`.
+
+    Every method raises the `WireError` the server answers with (`AuthFailedError`, `InvalidRequestError`, ...);
+    `ServerUnreachableError` when the connection breaks or the server is silent for `timeout` seconds; `ProtocolError`
+    for a reply that is none. After the last two, and after `FrameTooLargeError`, the client is closed.
+
+    Plaintexts, ciphertexts and `aad` are raw bytes. `aad` is authenticated, not stored: decryption needs the same.
+    A `key_id` of None is the group `default`.
+    """
+
+    def __init__(self, link: socket.socket, address: str, *, token: Token, timeout: float = REPLY_TIMEOUT) -> None:
+        """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds."""
+        self._requests = Requests(token)
+        self._address = address
+        self._timeout = timeout
+        self._lock = threading.Lock()
+        link.settimeout(0)
+        self._poll = select.poll()
+        self._poll.register(link)
+        self._link: socket.socket | None = link
+
+    @classmethod
+    def connect_unix(cls, path: str | os.PathLike[str], *, token: Token, timeout: float = REPLY_TIMEOUT) -> Self:
+        """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
+        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            link.settimeout(min(timeout, CONNECT_TIMEOUT))
+            link.connect(os.fspath(path))
+            return cls(link, str(path), token=token, timeout=timeout)
+        except OSError as error:
+            link.close()
+            raise ServerUnreachableError(refused(str(path), error)) from error
+        except BaseException:
+            link.close()
+            raise
+
+    @classmethod
+    def connect_tcp(
+        cls, host: str = DEFAULT_TCP_HOST, port: int = DEFAULT_TCP_PORT, *, token: Token, timeout: float = REPLY_TIMEOUT
+    ) -> Self:
+        """Connect over TCP. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
+        address = f"{host}:{port}"
+        try:
+            link = socket.create_connection((host, port), min(timeout, CONNECT_TIMEOUT))
+        except OSError as error:
+            raise ServerUnreachableError(refused(address, error)) from error
+        try:
+            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            return cls(link, address, token=token, timeout=timeout)
+        except BaseException:
+            link.close()
+            raise
+
+    def close(self) -> None:
+        """Close the connection. Closing twice does nothing more."""
+        link, self._link = self._link, None
+        if link is not None:
+            link.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<KmsClient {self._address}>"
+
+    def health(self) -> str:
+        """`ok` when the server is at work and the token is right."""
+        return self._one(self._requests.health())
+
+    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+        """A fresh 256-bit data key, in the clear and wrapped under the group's active version."""
+        return self._one(self._requests.generate_data_key(key_id, aad))
+
+    def encrypt(self, plaintext: bytes, key_id: str | None = None, aad: bytes = b"") -> bytes:
+        """The ciphertext of a small secret (the whole request is at most 1 MiB by default)."""
+        return self._one(self._requests.encrypt(plaintext, key_id, aad))
+
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes:
+        """The plaintext; `DecryptionFailedError` whatever is wrong."""
+        return self._one(self._requests.decrypt(ciphertext, aad))
+
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"") -> bytes:
+        """The same plaintext under `key_id`'s active version; the plaintext never leaves the server."""
+        return self._one(self._requests.reencrypt(ciphertext, key_id, aad))
+
+    def encrypt_many(self, plaintexts: Iterable[bytes], key_id: str | None = None, aad: bytes = b"") -> list[bytes]:
+        """`encrypt` of each, in order and pipelined. On an error in one nothing is returned; the client stays usable.
+
+        `plaintexts` must not use this client while it is iterated (`RuntimeError`).
+        """
+        return self._run(self._requests.encrypt(plaintext, key_id, aad) for plaintext in plaintexts)
+
+    def decrypt_many(self, ciphertexts: Iterable[bytes], aad: bytes = b"") -> list[bytes]:
+        """`decrypt` of each, in order and pipelined; as `encrypt_many`."""
+        return self._run(self._requests.decrypt(ciphertext, aad) for ciphertext in ciphertexts)
+
+    def create_key_group(self, key_id: str) -> KeyGroupView:
+        """Make a key group with version 1 active. Needs the admin token, as do all below."""
+        return self._one(self._requests.create_key_group(key_id))
+
+    def rotate_key_group(self, key_id: str) -> KeyGroupView:
+        """Make a new active version; the one before still decrypts."""
+        return self._one(self._requests.rotate_key_group(key_id))
+
+    def list_key_groups(self) -> list[KeyGroupView]:
+        """All key groups with their versions."""
+        return self._one(self._requests.list_key_groups())
+
+    def disable_version(self, key_id: str, version: int) -> str:
+        """Disable a version that is not active, until it is enabled again. Returns what was done, in words."""
+        return self._one(self._requests.disable_version(key_id, version))
+
+    def enable_version(self, key_id: str, version: int) -> str:
+        """Let a disabled version decrypt again. Returns what was done, in words."""
+        return self._one(self._requests.enable_version(key_id, version))
+
+    def destroy_version(self, key_id: str, version: int) -> str:
+        """Destroy a version's key for good, and with it all that only it opens. Returns what was done, in words."""
+        return self._one(self._requests.destroy_version(key_id, version))
+
+    def _one(self, call: Call[T]) -> T:
+        return self._run((call,))[0]
+
+    def _run(self, calls: Iterable[Call[T]]) -> list[T]:
+        # Two exchanges at once would take each other's replies, which may be keys.
+        if not self._lock.acquire(blocking=False):
+            raise RuntimeError("this client is in the middle of an exchange; use one client for each thread")
+        try:
+            if self._link is None:
+                raise ServerUnreachableError(closed(self._address))
+            exchange = Exchange(calls)
+            try:
+                self._drive(self._link, exchange)
+            except BaseException:
+                # Replies may still come, KeyboardInterrupt included: the next exchange would take them for its own.
+                self.close()
+                raise
+            if exchange.is_over:
+                self.close()
+            return exchange.results()
+        finally:
+            self._lock.release()
+
+    def _drive(self, link: socket.socket, exchange: Exchange[T]) -> None:
+        while True:
+            waits_to_send = advance(link, exchange, self._address)
+            if exchange.is_done:
+                return
+            self._poll.modify(link, select.POLLIN | (select.POLLOUT if waits_to_send else 0))
+            if not self._poll.poll(self._timeout * 1000):
+                raise ServerUnreachableError(silent(self._address, self._timeout))

@@ -1,0 +1,363 @@
+"""Files of any size, under a data key of their own, in constant memory.
+
+The server makes (or opens) the data key; the file itself never goes to it. A file in the container MKE1 is a header
+with the wrapped data key and one envelope under that key (`kms.core.container`).
+
+An output file appears under its name whole and authentic, or not at all. Standard output cannot be taken back, so
+there nothing is released before the tag has been verified.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import contextlib
+import errno
+import os
+import stat
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import BinaryIO, Final, Protocol
+
+from kms.client.protocol import DataKey
+from kms.core import ciphertext, container
+from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
+from kms.core.secret import Secret
+from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
+from kms.host.durable import DurableFile, RenameError
+from kms.limits import FILE_CHUNK_BYTES, GCM_TAG_BYTES, KEY_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
+
+Source = Path | BinaryIO | None
+"""Where to read: a path, an open binary file (it stays open), or None for standard input."""
+Target = Path | BinaryIO | None
+"""Where to write: a path, an open binary file (it stays open), or None for standard output."""
+Progress = Callable[[int], None]
+"""Called after each chunk with the number of bytes read from the source since the last call."""
+
+_MAX_CIPHERTEXT_BYTES: Final = MAX_FRAME_BYTES // 4 * 3
+"""What still fits a request as base64."""
+
+
+class FileClient(Protocol):
+    """What is needed of a client; `KmsClient` has it."""
+
+    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey: ...
+
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes: ...
+
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"") -> bytes: ...
+
+
+def encrypt_file(
+    client: FileClient,
+    source: Source,
+    target: Target,
+    *,
+    key_id: str | None = None,
+    aad: bytes = b"",
+    progress: Progress | None = None,
+) -> None:
+    """Encrypt `source` into an MKE1 container at `target`, under a fresh data key of the group `key_id`.
+
+    Raises `InputMissingError` or `InputError` for a source or target that cannot be used, or a source larger than
+    64 GiB - 32 bytes; `FileAccessError` when reading or writing fails; and what `KmsClient.generate_data_key` raises.
+    On any of them an existing target is as it was.
+    """
+    with _opened_source(source, progress) as reader:
+        size = source_size(source)
+        if size is not None and size > MAX_GCM_PLAINTEXT_BYTES:
+            raise InputError(f"{reader.name} is larger than 64 GiB - 32 bytes, the most one envelope holds; split it")
+        with _opened_target(target) as writer:
+            data_key = client.generate_data_key(key_id, aad)
+            if len(data_key.plaintext) != KEY_BYTES:
+                raise ProtocolError(f"the server's data key does not have {KEY_BYTES} bytes")
+            with Secret(bytearray(data_key.plaintext)) as key:
+                sealer = StreamSealer(key, aad)
+            writer.write(container.header(data_key.wrapped) + sealer.header)
+            chunk, output = memoryview(bytearray(FILE_CHUNK_BYTES)), bytearray(FILE_CHUNK_BYTES + GCM_TAG_BYTES)
+            while length := reader.fill(chunk):
+                written = sealer.update_into(chunk[:length], output)
+                writer.write(memoryview(output)[:written])
+            writer.write(sealer.finish())
+            writer.commit()
+
+
+def decrypt_file(
+    client: FileClient, source: Source, target: Target, *, aad: bytes = b"", progress: Progress | None = None
+) -> None:
+    """Decrypt the MKE1 container `source` into `target`.
+
+    Raises `InputError` when the source is no container or ends inside its header, `DecryptionFailedError` when
+    anything was altered or cut off, or `aad` is another; else as `encrypt_file`. Not one byte of plaintext is at
+    `target` then.
+    """
+    with _opened_source(source, progress) as reader:
+        wrapped_key = _read_wrapped_key(reader)
+        with _opened_target(target) as writer, Secret(bytearray(client.decrypt(wrapped_key, aad))) as key:
+            if len(key) != KEY_BYTES:
+                raise InputError("not an MKE1 file: its header holds something else than a data key")
+            if isinstance(target, Path):
+                _decrypt_body(reader, key, aad, writer.write)
+            else:
+                _decrypt_body_verified_first(reader, key, aad, writer.write)
+            writer.commit()
+
+
+def reencrypt_file(
+    client: FileClient, source: Source, target: Target, *, key_id: str, aad: bytes = b"", progress: Progress | None = None
+) -> None:
+    """Put `source` under the active version of the group `key_id`.
+
+    Of an MKE1 container only the data key in the header is wrapped anew; the body is copied unchanged and not
+    verified, as that takes the plaintext data key. Any other file is one ciphertext, raw or as base64 text, and is
+    written in the same form.
+
+    Raises `InputError` when the source is neither, or too large for one request; else as `decrypt_file`.
+    """
+    with _opened_source(source, progress) as reader:
+        start = reader.take(container.FIXED_BYTES)
+        if start.startswith(container.MAGIC):
+            wrapped_key = _read_wrapped_key(reader, start)
+            with _opened_target(target) as writer:
+                writer.write(container.header(client.reencrypt(wrapped_key, key_id, aad)))
+                _copy(reader, writer.write)
+                writer.commit()
+        else:
+            blob, encode = _one_ciphertext(start + reader.take(2 * MAX_FRAME_BYTES), reader.name)
+            with _opened_target(target) as writer:
+                writer.write(encode(client.reencrypt(blob, key_id, aad)))
+                writer.commit()
+
+
+def source_size(source: Source) -> int | None:
+    """The size of `source` in bytes, for a progress bar; None when it is not a regular file or does not exist."""
+    if not isinstance(source, Path):
+        return None
+    try:
+        state = source.stat()
+    except OSError:
+        return None
+    return state.st_size if stat.S_ISREG(state.st_mode) else None
+
+
+class _Reader:
+    """Reads whole pieces from a source, short ones only at its end, and reports progress."""
+
+    def __init__(self, stream: BinaryIO, name: str, progress: Progress | None = None) -> None:
+        self._stream = stream
+        self.name = name
+        self._progress = progress
+
+    def fill(self, buffer: memoryview) -> int:
+        """Fill `buffer` from its start; returns how many bytes, fewer than its length only at the end."""
+        length = 0
+        with _translated(f"cannot read {self.name}"):
+            # A pipe gives what it has; only 0 is its end.
+            while length < len(buffer) and (count := self._stream.readinto(buffer[length:])):  # type: ignore[attr-defined]
+                length += count
+        if self._progress is not None and length:
+            self._progress(length)
+        return length
+
+    def take(self, most: int) -> bytes:
+        """The next `most` bytes, or fewer at the end."""
+        buffer = bytearray(most)
+        length = self.fill(memoryview(buffer))
+        return bytes(buffer[:length])
+
+
+class _Writer(Protocol):
+    def write(self, data: bytes | memoryview) -> None: ...
+
+    def commit(self) -> None: ...
+
+
+class _StreamWriter:
+    """Writes to an open file, such as standard output."""
+
+    def __init__(self, stream: BinaryIO, name: str) -> None:
+        self._stream = stream
+        self._name = name
+
+    def write(self, data: bytes | memoryview) -> None:
+        with _translated(f"cannot write {self._name}"), memoryview(data) as rest:
+            written = 0
+            # An unbuffered file may take only a part.
+            while written < len(rest):
+                written += self._stream.write(rest[written:])
+
+    def commit(self) -> None:
+        with _translated(f"cannot write {self._name}"):
+            self._stream.flush()
+
+
+class _FileWriter:
+    """Writes a file that appears under its name at `commit`."""
+
+    def __init__(self, file: DurableFile, path: Path) -> None:
+        self._file = file
+        self._action = f"cannot write {path}"
+
+    def write(self, data: bytes | memoryview) -> None:
+        with _translated(self._action):
+            self._file.write(data)
+
+    def commit(self) -> None:
+        with _translated(self._action):
+            self._file.commit()
+
+
+@contextlib.contextmanager
+def _opened_source(source: Source, progress: Progress | None) -> Iterator[_Reader]:
+    if source is None:
+        yield _Reader(sys.stdin.buffer, "standard input", progress)
+    elif isinstance(source, Path):
+        try:
+            stream = source.open("rb", buffering=0)
+        except FileNotFoundError:
+            raise InputMissingError(f"there is no file {source}") from None
+        except IsADirectoryError:
+            raise InputError(f"{source} is a directory; name a file") from None
+        except OSError as error:
+            raise FileAccessError(_message(f"cannot read {source}", error)) from error
+        with stream:
+            yield _Reader(stream, str(source), progress)
+    else:
+        yield _Reader(source, "the input", progress)
+
+
+@contextlib.contextmanager
+def _opened_target(target: Target) -> Iterator[_Writer]:
+    if target is None:
+        yield _StreamWriter(sys.stdout.buffer, "standard output")
+    elif isinstance(target, Path):
+        path = _checked_target(target)
+        with _translated(f"cannot write {target}"):
+            file = DurableFile(path)
+        with file:
+            yield _FileWriter(file, target)
+    else:
+        yield _StreamWriter(target, "the output")
+
+
+def _checked_target(target: Path) -> Path:
+    """The file that `target` names, behind any symbolic links, so that they stay.
+
+    A rename would put a regular file in the place of a device or a pipe, hence only a regular file may be replaced.
+    """
+    with _translated(f"cannot write {target}"):
+        try:
+            # The path as given: behind /dev/stdout is a pipe that has no other name.
+            state = target.stat()
+        except FileNotFoundError:
+            pass
+        else:
+            if not stat.S_ISREG(state.st_mode):
+                raise InputError(f"{target} is not a regular file; name another, or use - for standard output")
+    return Path(os.path.realpath(target))
+
+
+def _read_wrapped_key(reader: _Reader, start: bytes | None = None) -> bytes:
+    """The wrapped data key in the header, of which `start` (8 bytes) may have been read already."""
+    length = container.wrapped_key_length(reader.take(container.FIXED_BYTES) if start is None else start)
+    wrapped_key = reader.take(length)
+    if len(wrapped_key) < length:
+        raise InputError("not a whole MKE1 file: it ends inside its header")
+    return wrapped_key
+
+
+def _decrypt_body(reader: _Reader, key: Secret, aad: bytes, write: Callable[[memoryview], None]) -> None:
+    """Decrypt the envelope that `reader` holds; what was written is authentic only once this has returned."""
+    opener = StreamOpener(key, reader.take(HEADER_BYTES), aad)
+    # The last 16 bytes are the tag, and a pipe does not say when they are the last: so 16 are always kept back.
+    chunk = memoryview(bytearray(GCM_TAG_BYTES + FILE_CHUNK_BYTES))
+    output = bytearray(FILE_CHUNK_BYTES + GCM_TAG_BYTES)
+    if reader.fill(chunk[:GCM_TAG_BYTES]) < GCM_TAG_BYTES:
+        raise DecryptionFailedError
+    while length := reader.fill(chunk[GCM_TAG_BYTES:]):
+        written = opener.update_into(chunk[:length], output)
+        write(memoryview(output)[:written])
+        chunk[:GCM_TAG_BYTES] = bytes(chunk[length : length + GCM_TAG_BYTES])
+    opener.finish(bytes(chunk[:GCM_TAG_BYTES]))
+
+
+def _decrypt_body_verified_first(reader: _Reader, key: Secret, aad: bytes, write: Callable[[memoryview], None]) -> None:
+    """Decrypt twice: once to verify, once to write.
+
+    What goes to a pipe is acted on at once and cannot be taken back, so the tag must have been verified before the
+    first byte. The ciphertext is kept meanwhile, in a file without a name: it is no secret on the disk, unlike the
+    plaintext, and nobody can alter it between the two passes, unlike the source.
+    """
+    with _translated(f"cannot make a temporary file in {tempfile.gettempdir()}"):
+        spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed below; only its making is translated)
+    with spool:
+        name = f"a temporary file in {tempfile.gettempdir()} (TMPDIR names another place)"
+        _copy(reader, _StreamWriter(spool, name).write)
+        for output in (_discard, write):
+            spool.seek(0)
+            _decrypt_body(_Reader(spool, name), key, aad, output)
+
+
+def _discard(piece: memoryview) -> None:
+    pass
+
+
+def _copy(reader: _Reader, write: Callable[[memoryview], None]) -> None:
+    chunk = memoryview(bytearray(FILE_CHUNK_BYTES))
+    while length := reader.fill(chunk):
+        write(chunk[:length])
+
+
+def _one_ciphertext(content: bytes, name: str) -> tuple[bytes, Callable[[bytes], bytes]]:
+    """The ciphertext that is the whole of a file, and how to write its successor in the same form."""
+    blob = content
+    encode: Callable[[bytes], bytes] = bytes
+    if not _is_ciphertext(blob):
+        try:
+            # Base64 tools break lines.
+            blob = base64.b64decode(b"".join(content.split()), validate=True)
+        except binascii.Error:
+            blob = b""
+        if not _is_ciphertext(blob):
+            raise InputError(f"{name} is neither an MKE1 file nor a ciphertext")
+        encode = _base64_line if content.endswith(b"\n") else base64.b64encode
+    if len(blob) > _MAX_CIPHERTEXT_BYTES:
+        raise InputError(f"{name} is larger than the {_MAX_CIPHERTEXT_BYTES} bytes one ciphertext may have")
+    return blob, encode
+
+
+def _is_ciphertext(blob: bytes) -> bool:
+    return blob[:1] == bytes((ciphertext.FORMAT,))
+
+
+def _base64_line(blob: bytes) -> bytes:
+    return base64.b64encode(blob) + b"\n"
+
+
+@contextlib.contextmanager
+def _translated(action: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise FileAccessError(_message(action, error)) from error
+
+
+_REMEDIES: Final = {
+    errno.ENOSPC: "free some space and run it again",
+    errno.EDQUOT: "free some of your quota and run it again",
+    errno.ENOENT: "make its directory first",
+    errno.EACCES: "check the permissions of the file and its directory",
+    errno.EROFS: "name a place that can be written",
+    errno.EIO: "check the disk",
+    errno.EPIPE: "the reader of the pipe has ended",
+}
+
+
+def _message(action: str, error: OSError) -> str:
+    if isinstance(error, RenameError):
+        remedy = "either the old or the new file is there now; look before you run it again"
+    else:
+        remedy = _REMEDIES.get(error.errno or 0, "no output was made")
+    return f"{action}: {error.strerror or error}; {remedy}"

@@ -1,0 +1,277 @@
+"""The client's side of the protocol, without I/O: what to send, and what a reply means.
+
+A request becomes a `Call`: its line, and how to read its reply. Replies carry no number, they come in request order;
+so an `Exchange` holds the calls under way in a queue and gives each reply to the oldest. The rules:
+
+- No more than PIPELINE_DEPTH calls are under way, and no more than about one read's worth of lines is held to be sent.
+- A call that is refused stops new calls; the replies still outstanding are awaited, so that the connection stays
+  usable, and then the first refusal is raised.
+- FrameTooLarge is the last thing a server says: the exchange ends there, and with it the connection.
+- A reply nobody asked for, too long, or of the wrong form is a `ProtocolError`: nothing after it can be attributed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Final, Generic, TypeVar
+
+import msgspec
+
+from kms.core.secret import Secret
+from kms.errors import ConfigError, FrameTooLargeError, InvalidRequestError, KmsError, ProtocolError, WireError, from_wire
+from kms.limits import MAX_REPLY_BYTES, PIPELINE_DEPTH, READ_BYTES
+from kms.wire.framing import Framer
+from kms.wire.messages import (
+    CiphertextReply,
+    CreateKeyGroup,
+    DataKeyReply,
+    Decrypt,
+    DestroyVersion,
+    DetailReply,
+    DisableVersion,
+    EnableVersion,
+    Encrypt,
+    ErrorReply,
+    GenerateDataKey,
+    Health,
+    KeyGroupReply,
+    KeyGroupsReply,
+    KeyGroupView,
+    ListKeyGroups,
+    PlaintextReply,
+    ReEncrypt,
+    Reply,
+    Request,
+    RotateKeyGroup,
+    encode,
+)
+
+R = TypeVar("R", bound=Reply)
+T = TypeVar("T")
+
+Token = str | bytes | Secret
+
+
+@dataclass(frozen=True)
+class DataKey:
+    """A fresh data key: `plaintext`, 32 bytes to encrypt with and forget, and `wrapped`, to store beside the data.
+
+    `KmsClient.decrypt(wrapped)` gives the plaintext back.
+    """
+
+    plaintext: bytes = field(repr=False)
+    wrapped: bytes
+
+
+@dataclass(frozen=True)
+class Call(Generic[T]):
+    """One request: its `line` to send, and `read`, which turns the reply's line into the result or raises its error."""
+
+    line: bytes = field(repr=False)
+    read: Callable[[bytes], T]
+
+
+class Requests:
+    """Makes the calls of one client; holds its token, and shows it nowhere."""
+
+    __slots__ = ("_token",)
+
+    def __init__(self, token: Token) -> None:
+        """Raises `ConfigError` when the token is not UTF-8, as JSON cannot carry it then. A `Secret` stays the caller's."""
+        try:
+            if isinstance(token, str):
+                token.encode("utf-8")
+                self._token = token
+            elif isinstance(token, bytes):
+                self._token = token.decode("utf-8")
+            else:
+                with token.view() as view:
+                    self._token = str(view, "utf-8")
+        except UnicodeError:
+            raise ConfigError("the token is not UTF-8 text; is it the right file?") from None
+
+    def __repr__(self) -> str:
+        return "<Requests>"
+
+    def health(self) -> Call[str]:
+        return _call(Health(token=self._token), _detail)
+
+    def generate_data_key(self, key_id: str | None, aad: bytes) -> Call[DataKey]:
+        return _call(GenerateDataKey(token=self._token, key_id=key_id, aad=aad or None), _data_key)
+
+    def encrypt(self, plaintext: bytes, key_id: str | None, aad: bytes) -> Call[bytes]:
+        request = Encrypt(token=self._token, plaintext=plaintext, key_id=key_id, aad=aad or None)
+        return _call(request, _ciphertext)
+
+    def decrypt(self, ciphertext: bytes, aad: bytes) -> Call[bytes]:
+        return _call(Decrypt(token=self._token, ciphertext=ciphertext, aad=aad or None), _plaintext)
+
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes) -> Call[bytes]:
+        request = ReEncrypt(token=self._token, ciphertext=ciphertext, key_id=key_id, aad=aad or None)
+        return _call(request, _ciphertext)
+
+    def create_key_group(self, key_id: str) -> Call[KeyGroupView]:
+        return _call(CreateKeyGroup(token=self._token, key_id=key_id), _key_group)
+
+    def rotate_key_group(self, key_id: str) -> Call[KeyGroupView]:
+        return _call(RotateKeyGroup(token=self._token, key_id=key_id), _key_group)
+
+    def list_key_groups(self) -> Call[list[KeyGroupView]]:
+        return _call(ListKeyGroups(token=self._token), _key_groups)
+
+    def disable_version(self, key_id: str, version: int) -> Call[str]:
+        return _call(DisableVersion(token=self._token, key_id=key_id, version=version), _detail)
+
+    def enable_version(self, key_id: str, version: int) -> Call[str]:
+        return _call(EnableVersion(token=self._token, key_id=key_id, version=version), _detail)
+
+    def destroy_version(self, key_id: str, version: int) -> Call[str]:
+        return _call(DestroyVersion(token=self._token, key_id=key_id, version=version), _detail)
+
+
+class Exchange(Generic[T]):
+    """The state of some calls on one connection; the module's docstring has its rules.
+
+    Whoever does the I/O sends what `outgoing` returns, reports it with `sent`, hands what it reads to `received`,
+    until `is_done`, and then takes `results`.
+    """
+
+    def __init__(self, calls: Iterable[Call[T]], *, depth: int = PIPELINE_DEPTH) -> None:
+        self._calls = iter(calls)
+        self._depth = depth
+        self._under_way: deque[Call[T]] = deque()
+        self._framer = Framer(MAX_REPLY_BYTES)
+        self._unsent = memoryview(b"")
+        self._has_more = True
+        self._results: list[T] = []
+        self._error: Exception | None = None
+        self.is_over = False
+        """The server ends the connection after this exchange."""
+
+    @property
+    def is_done(self) -> bool:
+        return self.is_over or not (self._has_more or self._unsent or self._under_way)
+
+    def outgoing(self) -> memoryview:
+        """What to send next; empty when there is nothing, or when replies must come first."""
+        if not self._unsent and self._has_more:
+            self._unsent = memoryview(b"".join(self._next_lines()))
+        return self._unsent
+
+    def sent(self, count: int) -> None:
+        """The first `count` bytes of `outgoing` have been sent."""
+        self._unsent = self._unsent[count:]
+
+    def stop_sending(self) -> None:
+        """Nothing can be sent any more; replies may still be on their way."""
+        self._unsent = memoryview(b"")
+        self._has_more = False
+
+    def received(self, data: bytes) -> None:
+        """Take what was read; raises `ProtocolError`, after which the connection is of no use."""
+        for line in self._framer.feed(data):
+            if not self._under_way:
+                raise ProtocolError("the server sent a reply that nobody asked for")
+            try:
+                self._results.append(self._under_way.popleft().read(line))
+            except FrameTooLargeError as error:
+                self._refuse(error)
+                self.is_over = True
+                return
+            except WireError as error:
+                self._refuse(error)
+        if self._framer.too_large:
+            raise ProtocolError(f"the server sent a reply of more than {MAX_REPLY_BYTES} bytes")
+        if self._framer.is_mid_frame and not self._under_way:
+            raise ProtocolError("the server sent a reply that nobody asked for")
+
+    def results(self) -> list[T]:
+        """The results in the order of the calls; raises the first error instead when there was one."""
+        if self._error is not None:
+            raise self._error
+        return self._results
+
+    def _next_lines(self) -> list[bytes]:
+        lines: list[bytes] = []
+        size = 0
+        try:
+            while size < READ_BYTES and len(self._under_way) < self._depth:
+                call = next(self._calls, None)
+                if call is None:
+                    self._has_more = False
+                    break
+                self._under_way.append(call)
+                lines.append(call.line)
+                size += len(call.line)
+        except Exception as error:
+            # Raised by the caller's iterable: what is under way must still be answered before it goes on to the caller.
+            self._refuse(error)
+        return lines
+
+    def _refuse(self, error: Exception) -> None:
+        self._has_more = False
+        if self._error is None:
+            self._error = error
+
+
+def _call(request: Request, read: Callable[[bytes], T]) -> Call[T]:
+    try:
+        return Call(encode(request) + b"\n", read)
+    except UnicodeEncodeError:
+        # A name with a lone surrogate, which is what Python makes of a bad byte on the command line.
+        raise InvalidRequestError("keyId: not UTF-8 text") from None
+
+
+def _detail(line: bytes) -> str:
+    return _decoded(_detail_decoder, line).detail
+
+
+def _data_key(line: bytes) -> DataKey:
+    reply = _decoded(_data_key_decoder, line)
+    return DataKey(plaintext=reply.plaintext_data_key, wrapped=reply.wrapped_data_key)
+
+
+def _ciphertext(line: bytes) -> bytes:
+    return _decoded(_ciphertext_decoder, line).ciphertext
+
+
+def _plaintext(line: bytes) -> bytes:
+    return _decoded(_plaintext_decoder, line).plaintext
+
+
+def _key_group(line: bytes) -> KeyGroupView:
+    return _decoded(_key_group_decoder, line).key_group
+
+
+def _key_groups(line: bytes) -> list[KeyGroupView]:
+    return _decoded(_key_groups_decoder, line).key_groups
+
+
+_detail_decoder: Final[msgspec.json.Decoder[DetailReply | ErrorReply]] = msgspec.json.Decoder(DetailReply | ErrorReply)
+_data_key_decoder: Final[msgspec.json.Decoder[DataKeyReply | ErrorReply]] = msgspec.json.Decoder(DataKeyReply | ErrorReply)
+_ciphertext_decoder: Final[msgspec.json.Decoder[CiphertextReply | ErrorReply]] = msgspec.json.Decoder(
+    CiphertextReply | ErrorReply
+)
+_plaintext_decoder: Final[msgspec.json.Decoder[PlaintextReply | ErrorReply]] = msgspec.json.Decoder(
+    PlaintextReply | ErrorReply
+)
+_key_group_decoder: Final[msgspec.json.Decoder[KeyGroupReply | ErrorReply]] = msgspec.json.Decoder(
+    KeyGroupReply | ErrorReply
+)
+_key_groups_decoder: Final[msgspec.json.Decoder[KeyGroupsReply | ErrorReply]] = msgspec.json.Decoder(
+    KeyGroupsReply | ErrorReply
+)
+
+
+def _decoded(decoder: msgspec.json.Decoder[R | ErrorReply], line: bytes) -> R:
+    try:
+        reply = decoder.decode(line)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        # Not chained: the error may show a part of the reply.
+        raise ProtocolError("the server's reply is not of this protocol; is it a mini-kms server?") from None
+    if isinstance(reply, ErrorReply):
+        error: KmsError = from_wire(reply.error_code, reply.message)
+        raise error
+    return reply

@@ -1,0 +1,59 @@
+"""An exchange on a non-blocking socket: the part of the I/O that needs no waiting, and so is the same in both clients."""
+
+from __future__ import annotations
+
+import socket
+
+from kms.client.protocol import Exchange, T
+from kms.errors import ServerUnreachableError
+from kms.limits import READ_BYTES
+
+
+def advance(link: socket.socket, exchange: Exchange[T], address: str) -> bool:
+    """Send what `link` takes and receive what is there, once. Returns whether the exchange also waits to send more.
+
+    Reading goes on while a send is stuck: a server that waits for us to take its replies would otherwise never take
+    our requests. Raises `ServerUnreachableError` when the connection broke, `ProtocolError` for a bad reply.
+    """
+    waits_to_send = False
+    while piece := exchange.outgoing():
+        try:
+            exchange.sent(link.send(piece))
+        except BlockingIOError:
+            waits_to_send = True
+            break
+        except OSError:
+            # A server that refuses a frame as too large says so and closes: its reply may be there to be read.
+            exchange.stop_sending()
+    if exchange.is_done:
+        return False
+    try:
+        data = link.recv(READ_BYTES)
+    except BlockingIOError:
+        return waits_to_send
+    except OSError as error:
+        raise ServerUnreachableError(broken(address, error.strerror)) from error
+    if not data:
+        raise ServerUnreachableError(broken(address, "the server closed it"))
+    exchange.received(data)
+    return waits_to_send
+
+
+def broken(address: str, reason: str | None) -> str:
+    """The message for a connection that broke."""
+    return f"the connection to {address} broke: {reason}; connect again (is kms-server running?)"
+
+
+def refused(address: str, error: OSError) -> str:
+    """The message for a connection that could not be made."""
+    return f"no server answers at {address}: {error.strerror or error}; is kms-server running?"
+
+
+def silent(address: str, timeout: float) -> str:
+    """The message for a server that does not answer; `timeout` in seconds."""
+    return f"{address} did not answer for {timeout:g} s; is kms-server running and healthy?"
+
+
+def closed(address: str) -> str:
+    """The message for the use of a client that was closed."""
+    return f"the connection to {address} is closed; connect again (is kms-server running?)"

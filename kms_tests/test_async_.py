@@ -1,0 +1,223 @@
+"""The trio client against a server that does what each test needs."""
+
+from __future__ import annotations
+
+import json
+import socket
+from base64 import b64decode, b64encode
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+import trio.testing
+
+from kms.client.async_ import AsyncKmsClient
+from kms.client.protocol import DataKey
+from kms.errors import (
+    AuthFailedError,
+    ConfigError,
+    DecryptionFailedError,
+    FrameTooLargeError,
+    ProtocolError,
+    ServerUnreachableError,
+)
+
+
+def answer(line: bytes) -> bytes:
+    """A server whose encryption is reversal."""
+    request = json.loads(line)
+    group = {"keyId": request.get("keyId", "g"), "activeVersion": 1, "versions": []}
+    reply: dict[str, Any]
+    if request["token"] != "token":
+        reply = {"status": "error", "errorCode": "AuthFailed", "message": "invalid API token"}
+    elif request["type"] in ("Encrypt", "Decrypt", "ReEncrypt"):
+        given = b64decode(request.get("plaintext") or request.get("ciphertext") or "")
+        if given == b"bad":
+            reply = {"status": "error", "errorCode": "DecryptionFailed", "message": "decryption failed"}
+        else:
+            name = "plaintext" if request["type"] == "Decrypt" else "ciphertext"
+            reply = {"status": "ok", name: b64encode(given[::-1]).decode()}
+    elif request["type"] == "GenerateDataKey":
+        reply = {"status": "ok", "plaintextDataKey": "cA==", "wrappedDataKey": "dw=="}
+    elif request["type"] == "ListKeyGroups":
+        reply = {"status": "ok", "keyGroups": [group]}
+    elif request["type"] in ("CreateKeyGroup", "RotateKeyGroup"):
+        reply = {"status": "ok", "keyGroup": group}
+    else:
+        reply = {"status": "ok", "detail": f"{request['type']} {request.get('version')}"}
+    return json.dumps(reply).encode() + b"\n"
+
+
+async def serve_lines(stream: trio.SocketStream) -> None:
+    partial = b""
+    async for data in stream:
+        *lines, partial = (partial + data).split(b"\n")
+        for line in lines:
+            await stream.send_all(answer(line))
+
+
+async def silent(stream: trio.SocketStream) -> None:
+    async for _ in stream:
+        pass
+
+
+@asynccontextmanager
+async def connected(
+    serve: Callable[[trio.SocketStream], Awaitable[None]] = serve_lines,
+    *,
+    token: str = "token",
+    reply_timeout: float = 10.0,
+) -> AsyncIterator[AsyncKmsClient]:
+    near, far = socket.socketpair()
+    far.setblocking(False)
+    stream = trio.SocketStream(trio.socket.from_stdlib_socket(far))
+
+    async def run() -> None:
+        async with stream:
+            await serve(stream)
+
+    async with AsyncKmsClient(near, "test", token=token, timeout=reply_timeout) as client, trio.open_nursery() as nursery:
+        nursery.start_soon(run)
+        yield client
+        nursery.cancel_scope.cancel()
+
+
+async def test_each_operation_answers_with_its_result() -> None:
+    async with connected() as client:
+        assert await client.health() == "Health None"
+        assert await client.generate_data_key("g") == DataKey(b"p", b"w")
+        assert await client.encrypt(b"abc", key_id="g", aad=b"x") == b"cba"
+        assert await client.decrypt(b"cba") == b"abc"
+        assert await client.reencrypt(b"abc", "g") == b"cba"
+        assert await client.encrypt_many([b"ab", b"cd"]) == [b"ba", b"dc"]
+        assert await client.decrypt_many(iter([b"ab", b"cd"])) == [b"ba", b"dc"]
+        assert (await client.create_key_group("g")).key_id == "g"
+        assert (await client.rotate_key_group("g")).active_version == 1
+        assert [group.key_id for group in await client.list_key_groups()] == ["g"]
+        assert await client.disable_version("g", 3) == "DisableVersion 3"
+        assert await client.enable_version("g", 3) == "EnableVersion 3"
+        assert await client.destroy_version("g", 3) == "DestroyVersion 3"
+        assert "token" not in repr(client)
+
+
+async def test_refusals_leave_the_connection_usable() -> None:
+    async with connected(token="wrong") as client:
+        for _ in range(2):
+            with pytest.raises(AuthFailedError):
+                await client.health()
+    async with connected() as client:
+        with pytest.raises(DecryptionFailedError):
+            await client.decrypt_many([b"x", b"bad", *([b"y"] * 500)])
+        assert await client.decrypt(b"ab") == b"ba"
+
+
+async def test_many_large_requests_do_not_deadlock_with_a_server_that_answers_before_it_reads_on() -> None:
+    plaintexts = [bytes([number]) * 200_000 for number in range(30)]
+    async with connected() as client:
+        with trio.fail_after(30):
+            assert await client.encrypt_many(plaintexts) == plaintexts
+
+
+async def test_tasks_take_turns_on_one_connection() -> None:
+    results: dict[bytes, bytes] = {}
+
+    async with connected() as client:
+
+        async def one(plaintext: bytes) -> None:
+            results[plaintext] = await client.encrypt(plaintext)
+
+        async with trio.open_nursery() as nursery:
+            for number in range(20):
+                nursery.start_soon(one, b"%02d" % number)
+    assert results == {b"%02d" % number: (b"%02d" % number)[::-1] for number in range(20)}
+
+
+async def test_a_cancelled_exchange_closes_the_connection() -> None:
+    async with connected(silent) as client:
+        with trio.move_on_after(0.05) as scope:
+            await client.health()
+        assert scope.cancelled_caught
+        with pytest.raises(ServerUnreachableError, match="is closed"):
+            await client.health()
+
+
+async def test_a_silent_server_times_out() -> None:
+    async with connected(silent, reply_timeout=0.05) as client:
+        with pytest.raises(ServerUnreachableError, match=r"did not answer for 0\.05 s"):
+            await client.health()
+
+
+async def deaf(_: trio.SocketStream) -> None:
+    await trio.sleep_forever()
+
+
+@pytest.mark.parametrize("size", [1, 5_000_000])
+async def test_closing_fails_a_call_under_way_whether_it_waits_to_send_or_for_its_reply(size: int) -> None:
+    async with connected(deaf) as client, trio.open_nursery() as nursery:
+
+        async def call() -> None:
+            with pytest.raises(ServerUnreachableError, match="is closed"):
+                await client.encrypt(bytes(size))
+
+        nursery.start_soon(call)
+        await trio.testing.wait_all_tasks_blocked(0.05)
+        await client.aclose()
+        await client.aclose()
+
+
+async def test_frame_too_large_is_raised_and_closes_the_client() -> None:
+    async def refuse(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1000)
+        await stream.send_all(b'{"status":"error","errorCode":"FrameTooLarge","message":"too large"}\n')
+
+    async with connected(refuse) as client:
+        with pytest.raises(FrameTooLargeError):
+            await client.encrypt(bytes(5_000_000))
+        with pytest.raises(ServerUnreachableError):
+            await client.health()
+
+
+@pytest.mark.parametrize(("said", "error"), [(b"", ServerUnreachableError), (b"hello\n", ProtocolError)])
+async def test_a_broken_or_babbling_server_is_told_apart(said: bytes, error: type[Exception]) -> None:
+    async def end(stream: trio.SocketStream) -> None:
+        await stream.receive_some(1000)
+        await stream.send_all(said)
+
+    async with connected(end) as client:
+        with pytest.raises(error):
+            await client.health()
+
+
+async def test_it_connects_over_tcp_and_unix_sockets(tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as unix:
+        unix.bind(str(path))
+        unix.listen()
+        unix.setblocking(False)
+        listener = trio.SocketListener(trio.socket.from_stdlib_socket(unix))
+        async with trio.open_nursery() as nursery:
+            (tcp,) = await trio.open_tcp_listeners(0, host="127.0.0.1")
+            port = tcp.socket.getsockname()[1]
+            nursery.start_soon(trio.serve_listeners, serve_lines, [tcp, listener])
+            async with await AsyncKmsClient.connect_tcp("127.0.0.1", port, token=b"token") as client:
+                assert await client.encrypt(b"ab") == b"ba"
+            async with await AsyncKmsClient.connect_unix(path, token="token") as client:
+                assert await client.encrypt(b"ab") == b"ba"
+            with pytest.raises(ConfigError):
+                await AsyncKmsClient.connect_unix(path, token=b"\xff")
+            nursery.cancel_scope.cancel()
+
+
+async def test_no_server_is_unreachable_with_a_remedy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ServerUnreachableError, match="is kms-server running"):
+        await AsyncKmsClient.connect_unix(tmp_path / "none", token="t")
+
+    async def never(*_: object) -> None:
+        await trio.sleep_forever()
+
+    monkeypatch.setattr(trio, "open_tcp_stream", never)
+    with pytest.raises(ServerUnreachableError, match="did not answer"):
+        await AsyncKmsClient.connect_tcp(token="t", timeout=0.01)

@@ -1,0 +1,99 @@
+"""Each row of the configuration table: flag over environment over default."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kms.errors import ConfigError
+from kms.server.config import data_directory, resolve
+
+HOME = {"HOME": "/home/nobody"}
+DATA = Path("/home/nobody/.mini-kms")
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "field", "default"),
+    [
+        ("tcp_port", "MINIKMS_TCP_PORT", "tcp_port", 9123),
+        ("max_frame_bytes", "MINIKMS_MAX_FRAME_BYTES", "max_frame_bytes", 1048576),
+        ("idle_timeout_ms", "MINIKMS_IDLE_TIMEOUT_MS", "idle_timeout", 30.0),
+        ("max_connections", "MINIKMS_MAX_CONNECTIONS", "max_connections", 256),
+    ],
+)
+def test_a_number_row_takes_flag_over_environment_over_default(
+    flag: str, variable: str, field: str, default: float
+) -> None:
+    scale = 1000 if flag == "idle_timeout_ms" else 1
+    assert getattr(resolve({}, HOME), field) == default
+    assert getattr(resolve({}, {**HOME, variable: "2000"}), field) == 2000 / scale
+    assert getattr(resolve({flag: 3000}, {**HOME, variable: "2000"}), field) == 3000 / scale
+
+
+@pytest.mark.parametrize(
+    ("flag", "variable", "default"),
+    [
+        ("unix_socket", "MINIKMS_UNIX_SOCKET", DATA / "kms.sock"),
+        ("keystore", "MINIKMS_KEYSTORE", DATA / "keystore.json"),
+        ("token_file", "MINIKMS_API_TOKEN_FILE", None),
+        ("admin_token_file", "MINIKMS_ADMIN_TOKEN_FILE", None),
+        ("passphrase_file", "MINIKMS_PASSPHRASE_FILE", None),
+    ],
+)
+def test_a_path_row_takes_flag_over_environment_over_default(flag: str, variable: str, default: Path | None) -> None:
+    assert getattr(resolve({}, HOME), flag) == default
+    assert getattr(resolve({}, {**HOME, variable: "/env"}), flag) == Path("/env")
+    assert getattr(resolve({flag: "/flag"}, {**HOME, variable: "/env"}), flag) == Path("/flag")
+
+
+@pytest.mark.parametrize(("field", "name"), [("token_file", "api.token"), ("admin_token_file", "admin.token")])
+def test_a_token_file_in_the_data_directory_is_the_default_if_it_exists(tmp_path: Path, field: str, name: str) -> None:
+    (tmp_path / "mini-kms").mkdir()
+    (tmp_path / "mini-kms" / name).touch()
+    assert getattr(resolve({}, {"XDG_DATA_HOME": str(tmp_path)}), field) == tmp_path / "mini-kms" / name
+
+
+def test_a_systemd_credential_is_the_default_passphrase_file_if_it_exists(tmp_path: Path) -> None:
+    environ = {**HOME, "CREDENTIALS_DIRECTORY": str(tmp_path)}
+    assert resolve({}, environ).passphrase_file is None
+    (tmp_path / "passphrase").touch()
+    assert resolve({}, environ).passphrase_file == tmp_path / "passphrase"
+
+
+def test_the_data_directory_is_under_XDG_DATA_HOME_if_set_else_in_the_home() -> None:
+    assert data_directory({"XDG_DATA_HOME": "/x", **HOME}) == Path("/x/mini-kms")
+    assert data_directory(HOME) == DATA
+    assert data_directory({}).name == ".mini-kms"
+
+
+def test_no_tcp_and_no_unix_turn_a_listener_off_and_both_off_is_an_error() -> None:
+    assert resolve({"no_tcp": True}, HOME).tcp_port is None
+    assert resolve({"no_unix": True}, HOME).unix_socket is None
+    with pytest.raises(ConfigError, match="no way in"):
+        resolve({"no_tcp": True, "no_unix": True}, HOME)
+
+
+@pytest.mark.parametrize(
+    ("flags", "environ"),
+    [
+        ({"tcp_port": 65536}, {}),
+        ({"tcp_port": -1}, {}),
+        ({}, {"MINIKMS_TCP_PORT": "http"}),
+        ({"max_frame_bytes": 10}, {}),
+        ({"max_connections": 0}, {}),
+        ({"idle_timeout_ms": 0}, {}),
+        ({"unix_socket": "/" + "x" * 200}, {}),
+    ],
+)
+def test_a_value_out_of_its_range_is_refused_and_names_where_it_came_from(
+    flags: dict[str, Any], environ: dict[str, str]
+) -> None:
+    origin = next(iter(environ), None) or "--" + next(iter(flags)).replace("_", "-")
+    with pytest.raises(ConfigError, match=origin):
+        resolve(flags, {**HOME, **environ})
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert resolve({}, {**HOME, "MINIKMS_TCP_PORT": ""}).tcp_port == 9123

@@ -1,0 +1,240 @@
+"""One connection: order, bounds and the drain. The clock jumps; no test waits."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import trio
+from trio.testing import MockClock
+
+from kms.server.connection import Connection, ConnectionBounds
+from kms.server.middleware import Peer
+
+
+class Echo:
+    """Answers each line with itself; `slow:` lines answer when `gate` is set."""
+
+    def __init__(self) -> None:
+        self.served: list[bytes] = []
+        self.gate = trio.Event()
+
+    def serve(self, line: bytes, peer: Peer) -> bytes | Awaitable[bytes]:
+        self.served.append(line)
+        if line.startswith(b"slow:"):
+            return self._later(line)
+        return line
+
+    async def _later(self, line: bytes) -> bytes:
+        await self.gate.wait()
+        return line
+
+    def frame_too_large(self, limit: int, peer: Peer) -> bytes:
+        return b"too large"
+
+
+BOUNDS = ConnectionBounds(max_frame_bytes=100, idle_timeout=30, write_timeout=10)
+
+
+@contextmanager
+def connected(
+    pipeline: Echo, bounds: ConnectionBounds = BOUNDS
+) -> Iterator[tuple[Connection, trio.SocketStream, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    ours.settimeout(0)
+    theirs.settimeout(0)
+    client = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
+    try:
+        yield Connection(ours, pipeline, Peer(1, "unix"), bounds), client, ours
+    finally:
+        theirs.close()
+        ours.close()
+
+
+async def read_to_end(client: trio.SocketStream) -> bytes:
+    received = b""
+    try:
+        async for chunk in client:
+            received += chunk
+    except trio.BrokenResourceError:
+        pass
+    return received
+
+
+async def test_replies_come_in_request_order_even_when_one_waits_for_the_disk(autojump_clock: MockClock) -> None:
+    pipeline = Echo()
+    with connected(pipeline) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"a\nslow:b\nc\n")
+            assert await client.receive_some() == b"a\n", "what is ready does not wait for the disk"
+            assert pipeline.served == [b"a", b"slow:b"]
+            pipeline.gate.set()
+            await client.send_eof()
+            assert await read_to_end(client) == b"slow:b\nc\n"
+
+
+async def test_a_request_cut_off_by_the_end_of_the_stream_is_still_served(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"a\r\n\n  \nrest")
+            await client.send_eof()
+            assert await read_to_end(client) == b"a\nrest\n"
+
+
+async def test_a_line_over_the_limit_is_answered_and_the_connection_closed(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"a\n" + b"x" * 101 + b"\nb\n")
+            assert await read_to_end(client) == b"a\ntoo large\n"
+
+
+async def test_a_client_that_goes_on_sending_after_too_large_still_gets_the_reply_and_is_let_go(
+    autojump_clock: MockClock,
+) -> None:
+    with connected(Echo()) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"x" * 200)
+            assert await read_to_end(client) == b"too large\n"
+            await client.send_all(b"y" * 1000)
+        assert trio.current_time() > 0, "the connection ended by its own deadline"
+
+
+async def test_an_idle_client_is_closed_after_the_idle_time(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            assert await read_to_end(client) == b""
+        assert trio.current_time() - start == pytest.approx(30, abs=0.1)
+
+
+async def test_one_byte_a_second_does_not_help(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        start = trio.current_time()
+
+        async def dribble() -> None:
+            while True:
+                try:
+                    await client.send_all(b"x")
+                except trio.BrokenResourceError:
+                    return
+                await trio.sleep(1)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(dribble)
+            await connection.serve()
+        assert trio.current_time() - start == pytest.approx(30, abs=1.5)
+
+
+async def test_the_idle_time_starts_anew_with_each_whole_frame(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            for _round in range(3):
+                await trio.sleep(29)
+                await client.send_all(b"a\n")
+                assert await client.receive_some() == b"a\n"
+            await client.send_eof()
+
+
+async def test_a_request_at_work_has_no_deadline(autojump_clock: MockClock) -> None:
+    pipeline = Echo()
+    with connected(pipeline) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"slow:a\n")
+            await trio.sleep(1000)
+            pipeline.gate.set()
+            await client.send_eof()
+            assert await read_to_end(client) == b"slow:a\n"
+
+
+async def test_a_client_that_does_not_read_its_replies_is_cut_off(autojump_clock: MockClock) -> None:
+    bounds = ConnectionBounds(max_frame_bytes=1 << 20, idle_timeout=30, write_timeout=10)
+    with connected(Echo(), bounds) as (connection, client, sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+
+            async def flood() -> None:
+                with pytest.raises(trio.BrokenResourceError):
+                    while True:
+                        await client.send_all((b"x" * 1000 + b"\n") * 100)
+
+            nursery.start_soon(flood)
+        assert trio.current_time() - start == pytest.approx(10, abs=0.5)
+
+
+async def test_a_client_that_reads_slowly_but_reads_is_served(autojump_clock: MockClock) -> None:
+    bounds = ConnectionBounds(max_frame_bytes=1 << 20)
+    with connected(Echo(), bounds) as (connection, client, sock):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            line = b"x" * 30_000 + b"\n"
+
+            async def send() -> None:
+                for _ in range(3):
+                    await client.send_all(line)
+                await client.send_eof()
+
+            nursery.start_soon(send)
+            received = b""
+            while chunk := await client.receive_some(5000):
+                received += chunk
+                await trio.sleep(0.2)
+            assert received == line * 3
+
+
+async def test_draining_closes_a_connection_that_waits(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        start = trio.current_time()
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"half a fr")
+            await trio.sleep(1)
+            connection.drain()
+            assert await read_to_end(client) == b""
+        assert trio.current_time() - start < 2
+
+
+async def test_draining_lets_the_request_at_work_finish(autojump_clock: MockClock) -> None:
+    pipeline = Echo()
+    with connected(pipeline) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"slow:a\n")
+            await trio.sleep(1)
+            connection.drain()
+            await trio.sleep(1)
+            pipeline.gate.set()
+            assert await read_to_end(client) == b"slow:a\n"
+
+
+async def test_a_client_that_vanishes_is_an_end_like_any_other(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"a\n" * 1000)
+            await client.aclose()
+
+
+async def test_many_replies_go_out_in_pieces_and_all_arrive(autojump_clock: MockClock) -> None:
+    with connected(Echo()) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            sent = b"".join(b"%090d\n" % number for number in range(3000))
+
+            async def send() -> None:
+                await client.send_all(sent)
+                await client.send_eof()
+
+            nursery.start_soon(send)
+            assert await read_to_end(client) == sent

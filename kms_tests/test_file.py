@@ -1,0 +1,459 @@
+"""The keystore file: one owner at a time, loaded with suspicion, saved durably."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kms.core.derive import KdfParameters
+from kms.core.keyring import EMPTY, CreateGroup, DestroyVersion, Keyring, RotateGroup, apply
+from kms.core.secret import Secret
+from kms.errors import (
+    FileAccessError,
+    InputMissingError,
+    KeystoreError,
+    KeystoreLockedError,
+    SaveFailedError,
+    SaveOutcomeUnknownError,
+    SecretFileError,
+    WrongPassphraseError,
+)
+from kms.host import durable
+from kms.keystore import file
+from kms.keystore.file import Keystore, KeystoreLock
+
+NOW = 1_700_000_000
+
+
+def _secret(passphrase: bytes = b"correct horse") -> Secret:
+    return Secret(bytearray(passphrase))
+
+
+@pytest.fixture
+def path(data: Path) -> Path:
+    return data / "keystore.json"
+
+
+@pytest.fixture
+def made(path: Path, tiny: KdfParameters) -> Path:
+    """A keystore that was initialised and released."""
+    with KeystoreLock(path) as lock:
+        file.initialise(lock, _secret(), now=NOW, parameters=tiny)
+    return path
+
+
+def _load(path: Path, passphrase: bytes = b"correct horse") -> tuple[Keystore, Keyring]:
+    with KeystoreLock(path) as lock:
+        return file.load(lock, _secret(passphrase))
+
+
+def _rotated(keystore: Keystore, keyring: Keyring) -> Keyring:
+    return file.next_generation(apply(keyring, RotateGroup("default"), now=NOW, mint=keystore.mint))
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def _fail(*_: object, **__: object) -> Any:
+    raise OSError(28, "No space left on device")
+
+
+# the lock
+
+
+def test_a_second_lock_is_refused_with_the_pid_of_the_holder(path: Path) -> None:
+    with KeystoreLock(path), pytest.raises(KeystoreLockedError, match=f"in use by process {os.getpid()}; stop it first"):
+        KeystoreLock(path)
+
+
+def test_the_lock_of_another_process_names_that_process(path: Path) -> None:
+    script = (
+        "import sys\nfrom pathlib import Path\nfrom kms.keystore.file import KeystoreLock\n"
+        "with KeystoreLock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
+    )
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(
+        [sys.executable, "-c", script, str(path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(root)},
+    ) as holder:
+        assert holder.stdout is not None
+        holder.stdout.readline()
+        with pytest.raises(KeystoreLockedError, match=f"in use by process {holder.pid};"):
+            KeystoreLock(path)
+        holder.communicate(timeout=30)
+    KeystoreLock(path).close()
+
+
+def test_a_lock_file_that_names_nobody_is_said_to_be_of_an_unknown_process(path: Path) -> None:
+    with KeystoreLock(path) as lock:
+        os.truncate(lock.keystore.with_name("keystore.json.lock"), 0)
+        with pytest.raises(KeystoreLockedError, match="process unknown"):
+            KeystoreLock(path)
+
+
+def test_a_lock_that_was_released_can_be_taken_again(path: Path) -> None:
+    KeystoreLock(path).close()
+    KeystoreLock(path).close()
+
+
+def test_the_lock_file_is_never_unlinked(path: Path) -> None:
+    with KeystoreLock(path):
+        before = path.with_name("keystore.json.lock").stat().st_ino
+    with KeystoreLock(path):
+        pass
+    assert path.with_name("keystore.json.lock").stat().st_ino == before
+
+
+def test_the_lock_file_is_private(path: Path) -> None:
+    KeystoreLock(path).close()
+    assert _mode(path.with_name("keystore.json.lock")) == 0o600
+
+
+def test_a_refused_lock_leaves_the_pid_of_the_holder_in_place(path: Path) -> None:
+    with KeystoreLock(path):
+        for _ in range(2):
+            with pytest.raises(KeystoreLockedError, match=str(os.getpid())):
+                KeystoreLock(path)
+
+
+def test_the_lock_makes_the_directory_private(tmp_path: Path) -> None:
+    KeystoreLock(tmp_path / "new" / "keystore.json").close()
+    assert _mode(tmp_path / "new") == 0o700
+
+
+def test_the_lock_refuses_a_directory_that_others_may_enter(path: Path) -> None:
+    path.parent.chmod(0o755)
+    with pytest.raises(SecretFileError, match="chmod 700"):
+        KeystoreLock(path)
+
+
+def test_the_lock_file_is_not_followed_through_a_link(path: Path) -> None:
+    path.with_name("keystore.json.lock").symlink_to(path.with_name("elsewhere"))
+    with pytest.raises(FileAccessError, match="cannot open the lock file"):
+        KeystoreLock(path)
+    assert not path.with_name("elsewhere").exists()
+
+
+@pytest.mark.parametrize("name", [".keystore.json.tmp-0011", ".keystore.json.v2.tmp-0011"])
+def test_a_stale_temp_file_is_removed_under_the_lock(path: Path, name: str) -> None:
+    path.with_name(name).touch()
+    KeystoreLock(path).close()
+    assert not path.with_name(name).exists()
+
+
+def test_a_refused_lock_removes_no_temp_file(path: Path) -> None:
+    with KeystoreLock(path):
+        path.with_name(".keystore.json.tmp-0011").touch()
+        with pytest.raises(KeystoreLockedError):
+            KeystoreLock(path)
+        assert path.with_name(".keystore.json.tmp-0011").exists()
+
+
+def test_a_full_disk_is_an_io_error_and_releases_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", _fail)
+    with pytest.raises(FileAccessError, match="No space left"):
+        KeystoreLock(path)
+    monkeypatch.undo()
+    KeystoreLock(path).close()
+
+
+# initialise
+
+
+def test_a_new_keystore_has_the_group_default_alone(path: Path, tiny: KdfParameters) -> None:
+    with KeystoreLock(path) as lock:
+        _, keyring = file.initialise(lock, _secret(), now=NOW, parameters=tiny)
+    assert list(keyring.groups) == ["default"]
+    assert (keyring.generation, keyring.groups["default"].active.version) == (1, 1)
+    assert keyring.groups["default"].created_at == NOW
+
+
+def test_a_new_keystore_is_on_disk_privately(made: Path) -> None:
+    assert _mode(made) == 0o600
+    assert _mode(made.parent) == 0o700
+    assert sorted(entry.name for entry in made.parent.iterdir()) == ["keystore.json", "keystore.json.lock"]
+
+
+def test_a_new_keystore_loads(made: Path) -> None:
+    assert list(_load(made)[1].groups) == ["default"]
+
+
+@pytest.mark.parametrize("there", ["file", "dangling link"])
+def test_what_is_there_already_is_not_initialised_over(path: Path, tiny: KdfParameters, there: str) -> None:
+    if there == "file":
+        path.write_bytes(b"precious")
+    else:
+        path.symlink_to("nowhere")
+    with KeystoreLock(path) as lock, pytest.raises(KeystoreError, match="already; it is not touched"):
+        file.initialise(lock, _secret(), now=NOW, parameters=tiny)
+    assert path.is_symlink() or path.read_bytes() == b"precious"
+
+
+def test_two_keystores_of_one_passphrase_have_two_salts(path: Path, made: Path, tiny: KdfParameters) -> None:
+    first = json.loads(made.read_bytes())["kdf"]["salt"]
+    made.unlink()
+    with KeystoreLock(path) as lock:
+        file.initialise(lock, _secret(), now=NOW, parameters=tiny)
+    assert json.loads(path.read_bytes())["kdf"]["salt"] != first
+
+
+def test_the_kdf_costs_are_stored_with_the_keystore(path: Path) -> None:
+    with KeystoreLock(path) as lock:
+        file.initialise(lock, _secret(), now=NOW, parameters=KdfParameters(16, 2, 2))
+    kdf = json.loads(path.read_bytes())["kdf"]
+    assert (kdf["memoryKiB"], kdf["iterations"], kdf["parallelism"]) == (16, 2, 2)
+
+
+# load
+
+
+def test_a_missing_keystore_is_named_with_what_makes_one(path: Path) -> None:
+    with pytest.raises(InputMissingError, match=f"no keystore at {path}; make one with: kms-admin init"):
+        _load(path)
+
+
+def test_a_wrong_passphrase_leaves_the_file_as_it_is_and_exits_with_2(made: Path) -> None:
+    before = made.read_bytes()
+    with pytest.raises(WrongPassphraseError) as caught:
+        _load(made, b"incorrect horse")
+    assert caught.value.exit_code == 2
+    assert made.read_bytes() == before
+
+
+def test_an_altered_keystore_is_left_as_it_is_and_exits_with_65(made: Path) -> None:
+    altered = made.read_bytes().replace(b"default", b"defaulT")
+    made.write_bytes(altered)
+    with pytest.raises(KeystoreError) as caught:
+        _load(made)
+    assert caught.value.exit_code == 65
+    assert made.read_bytes() == altered
+
+
+def test_a_keystore_that_others_may_read_is_refused(made: Path) -> None:
+    made.chmod(0o644)
+    with pytest.raises(SecretFileError, match="chmod 600"):
+        _load(made)
+
+
+def test_a_keystore_behind_a_link_is_refused(made: Path) -> None:
+    made.rename(made.with_name("real"))
+    made.symlink_to("real")
+    with pytest.raises(SecretFileError, match="symbolic link"):
+        _load(made)
+
+
+def test_a_file_larger_than_any_keystore_is_refused_unread(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(file, "MAX_KEYSTORE_BYTES", 10)
+    with pytest.raises(KeystoreError, match="larger than any keystore"):
+        _load(made)
+
+
+def test_a_read_that_fails_names_the_file(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Failing:
+        def __enter__(self) -> Failing:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            os.close(self.descriptor)
+
+        def __init__(self, descriptor: int, _mode: str) -> None:
+            self.descriptor = descriptor
+
+        def fileno(self) -> int:
+            return self.descriptor
+
+        read = _fail
+
+    monkeypatch.setattr(os, "fdopen", Failing)
+    with pytest.raises(FileAccessError, match="cannot read"):
+        file.read(made)
+
+
+def test_a_keystore_of_a_format_to_come_is_refused(made: Path) -> None:
+    made.write_bytes(made.read_bytes().replace(b'"formatVersion":3', b'"formatVersion":4'))
+    with pytest.raises(KeystoreError):
+        _load(made)
+
+
+# save
+
+
+def test_what_is_saved_is_what_loads(made: Path) -> None:
+    keystore, keyring = _load(made)
+    saved = _rotated(keystore, keyring)
+    keystore.save(saved)
+    assert _load(made)[1] == saved
+    assert saved.generation == keyring.generation + 1
+
+
+def test_a_save_leaves_the_file_private(made: Path) -> None:
+    keystore, keyring = _load(made)
+    keystore.save(_rotated(keystore, keyring))
+    assert _mode(made) == 0o600
+    assert sorted(entry.name for entry in made.parent.iterdir()) == ["keystore.json", "keystore.json.lock"]
+
+
+def test_a_destroyed_kek_is_not_in_the_file_any_more(made: Path) -> None:
+    keystore, keyring = _load(made)
+    wrapped = json.loads(made.read_bytes())["keyGroups"][0]["versions"][0]["wrappedKek"]
+    rotated = _rotated(keystore, keyring)
+    keystore.save(rotated)
+    assert wrapped.encode() in made.read_bytes()
+    keystore.save(file.next_generation(apply(rotated, DestroyVersion("default", 1), now=NOW, mint=keystore.mint)))
+    assert wrapped.encode() not in made.read_bytes()
+
+
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_a_save_that_fails_before_the_rename_changes_nothing_and_the_next_one_works(
+    made: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    keystore, keyring = _load(made)
+    before = made.read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, _fail)
+        with pytest.raises(SaveFailedError, match="No space left on device; nothing was changed") as caught:
+            keystore.save(_rotated(keystore, keyring))
+    assert caught.value.exit_code == 74
+    assert made.read_bytes() == before
+    assert _load(made)[1] == keyring
+    saved = _rotated(keystore, keyring)
+    keystore.save(saved)
+    assert _load(made)[1] == saved
+
+
+def test_the_outcome_of_a_save_that_fails_at_the_rename_is_unknown(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keystore, keyring = _load(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", _fail)
+        with pytest.raises(SaveOutcomeUnknownError) as caught:
+            keystore.save(_rotated(keystore, keyring))
+    assert caught.value.exit_code == 70
+
+
+def test_the_outcome_of_a_save_that_fails_after_the_rename_is_unknown(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keystore, keyring = _load(made)
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "fsync_directory", _fail)
+        with pytest.raises(SaveOutcomeUnknownError, match="check the disk"):
+            keystore.save(_rotated(keystore, keyring))
+
+
+def test_each_kek_is_fresh(made: Path) -> None:
+    keystore, _ = _load(made)
+    keys = [keystore.mint("default", 1).key for _ in range(2)]
+    sealed = keys[0].seal(b"x", b"")
+    assert keys[0].open(sealed, b"") == b"x"
+    with pytest.raises(Exception, match="decryption failed"):
+        keys[1].open(sealed, b"")
+
+
+def test_the_buffer_of_a_kek_is_wiped_once_it_is_wrapped(made: Path) -> None:
+    buffer = bytearray(b"k" * 32)
+    with KeystoreLock(made) as lock:
+        keystore, _ = file.load(lock, _secret(), new_key=lambda: Secret(buffer))
+    keystore.mint("default", 2)
+    assert buffer == bytes(32)
+
+
+def test_a_wiped_keystore_makes_no_more_keks(made: Path) -> None:
+    keystore, _ = _load(made)
+    keystore.wipe()
+    with pytest.raises(Exception, match="decryption failed"):
+        keystore.mint("default", 2)
+
+
+# change_passphrase
+
+
+def _change(path: Path, old: bytes, new: bytes, parameters: KdfParameters) -> None:
+    with KeystoreLock(path) as lock:
+        file.change_passphrase(lock, _secret(old), _secret(new), parameters=parameters)
+
+
+def test_after_a_change_of_passphrase_only_the_new_one_opens(made: Path, tiny: KdfParameters) -> None:
+    _change(made, b"correct horse", b"new", tiny)
+    assert list(_load(made, b"new")[1].groups) == ["default"]
+    with pytest.raises(WrongPassphraseError):
+        _load(made)
+
+
+def test_after_a_change_of_passphrase_every_ciphertext_still_opens(made: Path, tiny: KdfParameters) -> None:
+    key = _load(made)[1].groups["default"].active.key
+    assert key is not None
+    sealed = key.seal(b"x", b"aad")
+    _change(made, b"correct horse", b"new", tiny)
+    changed = _load(made, b"new")[1].groups["default"].active.key
+    assert changed is not None
+    assert changed.open(sealed, b"aad") == b"x"
+
+
+def test_a_change_of_passphrase_leaves_names_versions_and_states_as_they_are(made: Path, tiny: KdfParameters) -> None:
+    keystore, keyring = _load(made)
+    keyring = _rotated(keystore, _rotated(keystore, keyring))
+    for command in (DestroyVersion("default", 1), CreateGroup("billing")):
+        keyring = apply(keyring, command, now=NOW, mint=keystore.mint)
+    keystore.save(keyring)
+
+    def table(of: Keyring) -> object:
+        return [
+            (g.key_id, g.created_at, [(v.version, v.status, v.created_at) for v in g.versions.values()])
+            for g in of.groups.values()
+        ]
+
+    _change(made, b"correct horse", b"new", tiny)
+    changed = _load(made, b"new")[1]
+    assert table(changed) == table(keyring)
+    assert changed.generation == keyring.generation + 1
+
+
+def test_a_change_of_passphrase_makes_a_new_salt_and_wraps_every_kek_anew(made: Path) -> None:
+    before = json.loads(made.read_bytes())
+    _change(made, b"correct horse", b"correct horse", KdfParameters(16, 2, 1))
+    after = json.loads(made.read_bytes())
+    assert after["kdf"]["salt"] != before["kdf"]["salt"]
+    assert (after["kdf"]["memoryKiB"], after["kdf"]["iterations"]) == (16, 2)
+    assert after["keyGroups"][0]["versions"][0]["wrappedKek"] != before["keyGroups"][0]["versions"][0]["wrappedKek"]
+
+
+def test_a_change_with_a_wrong_old_passphrase_changes_nothing(made: Path, tiny: KdfParameters) -> None:
+    before = made.read_bytes()
+    with pytest.raises(WrongPassphraseError):
+        _change(made, b"wrong", b"new", tiny)
+    assert made.read_bytes() == before
+
+
+def test_a_change_on_an_altered_keystore_changes_nothing(made: Path, tiny: KdfParameters) -> None:
+    altered = made.read_bytes().replace(b"default", b"defaulT")
+    made.write_bytes(altered)
+    with pytest.raises(KeystoreError):
+        _change(made, b"correct horse", b"new", tiny)
+    assert made.read_bytes() == altered
+
+
+@pytest.mark.parametrize(
+    "attempt",
+    [lambda p, t: _load(p), lambda p, t: _change(p, b"correct horse", b"new", t)],
+    ids=["load", "change_passphrase"],
+)
+def test_nothing_is_done_to_a_keystore_that_is_locked(
+    made: Path, tiny: KdfParameters, attempt: Callable[[Path, KdfParameters], object]
+) -> None:
+    before = made.read_bytes()
+    with KeystoreLock(made), pytest.raises(KeystoreLockedError) as caught:
+        attempt(made, tiny)
+    assert caught.value.exit_code == 75
+    assert made.read_bytes() == before
+
+
+def test_the_next_generation_counts_one_save() -> None:
+    assert file.next_generation(EMPTY).generation == 1

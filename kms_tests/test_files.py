@@ -1,0 +1,360 @@
+"""Files under a data key: whole and authentic at their name, or not there at all."""
+
+from __future__ import annotations
+
+import base64
+import errno
+import io
+import os
+import tempfile
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from kms.client.files import decrypt_file, encrypt_file, reencrypt_file, source_size
+from kms.client.protocol import DataKey
+from kms.core import ciphertext, container
+from kms.core.envelope import EnvelopeKey
+from kms.core.secret import Secret
+from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
+from kms.limits import FILE_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
+
+SIZES = [0, 1, 15, 16, 17, FILE_CHUNK_BYTES - 1, FILE_CHUNK_BYTES, FILE_CHUNK_BYTES + 1, 2 * FILE_CHUNK_BYTES + 5]
+
+
+class FakeClient:
+    """A server in memory: one KEK for each group name."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+        plaintext = os.urandom(32)
+        return DataKey(plaintext, self.encrypt(plaintext, key_id or "default", aad))
+
+    def encrypt(self, plaintext: bytes, key_id: str, aad: bytes) -> bytes:
+        self.calls += 1
+        return self._key(key_id).seal(plaintext, aad, ciphertext.header(key_id, 1))
+
+    def decrypt(self, ciphertext_: bytes, aad: bytes = b"") -> bytes:
+        self.calls += 1
+        parsed = ciphertext.parse(ciphertext_)
+        if parsed.version != 1:
+            raise DecryptionFailedError
+        return self._key(parsed.group).open(parsed.envelope, aad)
+
+    def reencrypt(self, ciphertext_: bytes, key_id: str, aad: bytes = b"") -> bytes:
+        return self.encrypt(self.decrypt(ciphertext_, aad), key_id, aad)
+
+    def _key(self, group: str) -> EnvelopeKey:
+        return EnvelopeKey(Secret(bytearray(group.encode().ljust(32, b"-"))))
+
+
+CLIENT = FakeClient()
+
+
+def sealed(plaintext: bytes, aad: bytes = b"") -> bytes:
+    output = io.BytesIO()
+    encrypt_file(CLIENT, io.BytesIO(plaintext), output, aad=aad)
+    return output.getvalue()
+
+
+def opened(box: bytes, aad: bytes = b"") -> bytes:
+    output = io.BytesIO()
+    decrypt_file(CLIENT, io.BytesIO(box), output, aad=aad)
+    return output.getvalue()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_a_file_of_any_size_comes_back_and_progress_adds_up_to_it(tmp_path: Path, size: int) -> None:
+    plain, box, back = tmp_path / "plain", tmp_path / "box", tmp_path / "back"
+    plain.write_bytes(os.urandom(size))
+    done: list[int] = []
+    encrypt_file(CLIENT, plain, box, key_id="g", aad=b"a", progress=done.append)
+    assert sum(done) == size
+    done.clear()
+    decrypt_file(CLIENT, box, back, aad=b"a", progress=done.append)
+    assert sum(done) == source_size(box)
+    assert back.read_bytes() == plain.read_bytes()
+    assert back.stat().st_mode & 0o777 == 0o600
+    assert opened(box.read_bytes(), b"a") == plain.read_bytes()
+    assert sorted(tmp_path.iterdir()) == [back, box, plain]
+
+
+def test_standard_input_and_output_are_the_default(
+    monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"hello")))
+    encrypt_file(CLIENT, None, None)
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(capfdbinary.readouterr().out)))
+    decrypt_file(CLIENT, None, None)
+    assert capfdbinary.readouterr().out == b"hello"
+
+
+def test_a_pipe_that_gives_a_few_bytes_at_a_time_is_read_to_its_end(tmp_path: Path) -> None:
+    box = sealed(b"x" * 3000)
+    read_end, write_end = os.pipe()
+
+    def feed() -> None:
+        for start in range(0, len(box), 7):
+            os.write(write_end, box[start : start + 7])
+        os.close(write_end)
+
+    thread = threading.Thread(target=feed)
+    thread.start()
+    with os.fdopen(read_end, "rb", buffering=0) as source:
+        decrypt_file(CLIENT, source, tmp_path / "out")
+    thread.join()
+    assert (tmp_path / "out").read_bytes() == b"x" * 3000
+
+
+def test_an_output_that_takes_only_a_part_of_each_write_gets_all() -> None:
+    class Slow(io.BytesIO):
+        def write(self, data: object) -> int:
+            return super().write(bytes(data)[:5])  # type: ignore[call-overload]
+
+    output = Slow()
+    decrypt_file(CLIENT, io.BytesIO(sealed(b"0123456789abc")), output)
+    assert output.getvalue() == b"0123456789abc"
+
+
+def test_a_container_cut_off_anywhere_is_refused_and_releases_nothing(tmp_path: Path) -> None:
+    box = sealed(b"some plaintext")
+    header_end = 8 + int.from_bytes(box[4:8], "big")
+    existing = tmp_path / "out"
+    existing.write_bytes(b"as it was")
+    for length in range(len(box)):
+        error = InputError if length < header_end else DecryptionFailedError
+        output = io.BytesIO()
+        for target in (output, existing):
+            with pytest.raises(error):
+                decrypt_file(CLIENT, io.BytesIO(box[:length]), target)
+        assert output.getvalue() == b""
+    assert existing.read_bytes() == b"as it was"
+    assert list(tmp_path.iterdir()) == [existing]
+
+
+def test_a_flipped_bit_anywhere_is_refused_and_releases_nothing(tmp_path: Path) -> None:
+    box = bytearray(sealed(b"some plaintext"))
+    for position in range(len(box)):
+        for bit in (0, 7):
+            box[position] ^= 1 << bit
+            output = io.BytesIO()
+            for target in (output, tmp_path / "out"):
+                with pytest.raises((InputError, DecryptionFailedError)):
+                    decrypt_file(CLIENT, io.BytesIO(box), target)
+            assert output.getvalue() == b""
+            box[position] ^= 1 << bit
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bytes_added_at_the_end_or_another_aad_are_refused() -> None:
+    for box, aad in ((sealed(b"x") + b"y", b""), (sealed(b"x", b"a"), b"b"), (sealed(b"x", b"a"), b"")):
+        with pytest.raises(DecryptionFailedError):
+            opened(box, aad)
+
+
+def test_a_file_that_is_no_container_is_refused_before_the_server_is_asked() -> None:
+    client = FakeClient()
+    for content in (b"", b"MKE", b"MKE2" + bytes(100), b"MKE1" + b"\xff" * 100, b"plain text of some length"):
+        with pytest.raises(InputError):
+            decrypt_file(client, io.BytesIO(content), io.BytesIO())
+    assert client.calls == 0
+
+
+def test_a_data_key_of_another_length_is_a_protocol_error(tmp_path: Path) -> None:
+    class Odd(FakeClient):
+        def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+            return DataKey(b"short", b"w")
+
+    with pytest.raises(ProtocolError):
+        encrypt_file(Odd(), io.BytesIO(b"x"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_container_around_something_else_than_a_data_key_is_refused() -> None:
+    wrapped = CLIENT.encrypt(b"a short secret", "default", b"")
+    with pytest.raises(InputError, match="something else"):
+        opened(container.header(wrapped) + bytes(60))
+
+
+def test_a_source_that_cannot_be_read_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(InputMissingError, match="no file"):
+        encrypt_file(CLIENT, tmp_path / "none", tmp_path / "out")
+    with pytest.raises(InputError, match="directory"):
+        encrypt_file(CLIENT, tmp_path, tmp_path / "out")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FileAccessError, match="cannot read"):
+        encrypt_file(CLIENT, tmp_path / "loop", tmp_path / "out")
+    assert source_size(tmp_path) is None
+    assert source_size(tmp_path / "none") is None
+    assert source_size(None) is None
+
+
+def test_a_source_larger_than_gcm_allows_is_refused_before_any_work(tmp_path: Path) -> None:
+    source = tmp_path / "huge"
+    with source.open("wb") as file:
+        file.truncate(MAX_GCM_PLAINTEXT_BYTES + 1)
+    client = FakeClient()
+    with pytest.raises(InputError, match="64 GiB"):
+        encrypt_file(client, source, tmp_path / "out")
+    assert client.calls == 0
+
+
+def test_a_target_that_is_not_a_regular_file_is_refused_before_any_work(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    client = FakeClient()
+    for target in (tmp_path, fifo, Path("/dev/null")):
+        with pytest.raises(InputError, match="use - for standard output"):
+            encrypt_file(client, io.BytesIO(b"x"), target)
+    assert client.calls == 0
+    assert fifo.is_fifo()
+
+
+def test_a_target_in_no_directory_or_a_loop_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(FileAccessError, match="make its directory first"):
+        encrypt_file(CLIENT, io.BytesIO(b"x"), tmp_path / "none" / "out")
+    (tmp_path / "loop").symlink_to("loop")
+    with pytest.raises(FileAccessError, match="cannot write"):
+        encrypt_file(CLIENT, io.BytesIO(b"x"), tmp_path / "loop")
+
+
+def test_a_symbolic_link_to_the_target_stays_one(tmp_path: Path) -> None:
+    real, link = tmp_path / "real", tmp_path / "link"
+    real.write_bytes(b"old")
+    link.symlink_to("real")
+    decrypt_file(CLIENT, io.BytesIO(sealed(b"new")), link)
+    assert link.is_symlink()
+    assert real.read_bytes() == b"new"
+
+
+def test_a_file_may_be_encrypted_in_place(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"plain")
+    encrypt_file(CLIENT, path, path)
+    assert opened(path.read_bytes()) == b"plain"
+
+
+def test_a_full_disk_leaves_nothing_and_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "out"
+    target.write_bytes(b"as it was")
+    box = sealed(b"x")
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", full)
+        works: list[Callable[[], None]] = [
+            lambda: encrypt_file(CLIENT, io.BytesIO(b"x"), target),
+            lambda: decrypt_file(CLIENT, io.BytesIO(box), target),
+            lambda: reencrypt_file(CLIENT, io.BytesIO(box), target, key_id="g"),
+        ]
+        for work in works:
+            with pytest.raises(FileAccessError, match="No space left on device; free some space"):
+                work()
+    assert target.read_bytes() == b"as it was"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_failed_rename_says_that_the_outcome_is_unknown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(FileAccessError, match="either the old or the new"):
+        encrypt_file(CLIENT, io.BytesIO(b"x"), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("failure", ["readinto", "write", "flush"])
+def test_a_failing_stream_is_a_file_access_error(failure: str) -> None:
+    class Failing(io.BytesIO):
+        def fail(self, *_: object) -> int:
+            raise OSError(errno.EPIPE, os.strerror(errno.EPIPE))
+
+    stream = Failing(b"x")
+    setattr(stream, failure, stream.fail)
+    with pytest.raises(FileAccessError, match="Broken pipe"):
+        encrypt_file(CLIENT, stream, stream)
+
+
+def test_no_room_for_the_temporary_file_names_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(**_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    box = sealed(b"x")
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
+    with pytest.raises(FileAccessError, match="temporary file in"):
+        opened(box)
+
+
+def test_an_interrupt_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    plaintext = bytes(2 * FILE_CHUNK_BYTES)
+
+    def interrupt(_: int) -> None:
+        if any(entry.name.startswith(".out") for entry in tmp_path.iterdir()):
+            raise KeyboardInterrupt
+
+    box = sealed(plaintext)
+    works: list[Callable[[], None]] = [
+        lambda: encrypt_file(CLIENT, io.BytesIO(plaintext), tmp_path / "out", progress=interrupt),
+        lambda: decrypt_file(CLIENT, io.BytesIO(box), tmp_path / "out", progress=interrupt),
+        lambda: reencrypt_file(CLIENT, io.BytesIO(box), tmp_path / "out", key_id="g", progress=interrupt),
+    ]
+    for work in works:
+        with pytest.raises(KeyboardInterrupt):
+            work()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_reencrypting_a_container_changes_its_header_only(tmp_path: Path) -> None:
+    box = sealed(b"x" * (FILE_CHUNK_BYTES + 9), b"a")
+    old, new = tmp_path / "old", tmp_path / "new"
+    old.write_bytes(box)
+    done: list[int] = []
+    reencrypt_file(CLIENT, old, new, key_id="other", aad=b"a", progress=done.append)
+    moved = new.read_bytes()
+    body = 8 + int.from_bytes(box[4:8], "big")
+    assert moved[8 + int.from_bytes(moved[4:8], "big") :] == box[body:]
+    assert ciphertext.parse(moved[8:]).group == "other"
+    assert opened(moved, b"a") == b"x" * (FILE_CHUNK_BYTES + 9)
+    assert sum(done) == len(box)
+
+
+@pytest.mark.parametrize("length", [4, 7, 8, 20])
+def test_reencrypting_a_container_cut_off_in_its_header_is_an_input_error(length: int) -> None:
+    client = FakeClient()
+    with pytest.raises(InputError):
+        reencrypt_file(client, io.BytesIO(sealed(b"x")[:length]), io.BytesIO(), key_id="g")
+    assert client.calls == 0
+
+
+def test_reencrypting_one_ciphertext_answers_in_the_same_form() -> None:
+    raw = CLIENT.encrypt(b"secret" * 30, "default", b"a")
+    forms: dict[str, tuple[bytes, Callable[[bytes], bytes]]] = {
+        "raw": (raw, lambda output: output),
+        "base64": (base64.b64encode(raw), lambda output: base64.b64decode(output, validate=True)),
+        "line": (base64.b64encode(raw) + b"\n", lambda output: base64.b64decode(output.removesuffix(b"\n"), validate=True)),
+        "lines": (base64.encodebytes(raw), lambda output: base64.b64decode(output[:-1], validate=True)),
+    }
+    for content, decode in forms.values():
+        output = io.BytesIO()
+        reencrypt_file(CLIENT, io.BytesIO(content), output, key_id="other", aad=b"a")
+        blob = decode(output.getvalue())
+        assert ciphertext.parse(blob).group == "other"
+        assert CLIENT.decrypt(blob, b"a") == b"secret" * 30
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"MKE", b"some text", b"Axxx", b"\x01\x02\x03", b"\x02" + bytes(MAX_FRAME_BYTES), base64.b64encode(b"\x01" * 90)],
+)
+def test_reencrypting_what_is_no_ciphertext_or_too_large_is_an_input_error(content: bytes) -> None:
+    client = FakeClient()
+    with pytest.raises(InputError):
+        reencrypt_file(client, io.BytesIO(content), io.BytesIO(), key_id="g")
+    assert client.calls == 0

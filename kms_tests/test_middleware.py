@@ -1,0 +1,382 @@
+"""The chain, end to end over real handlers: each row of the table of error codes, and who comes before what."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+from base64 import b64decode, b64encode
+from collections.abc import Awaitable, Sequence
+from typing import Any
+
+import pytest
+
+from kms.core.envelope import EnvelopeKey
+from kms.core.keyring import (
+    EMPTY,
+    Command,
+    CreateGroup,
+    DestroyVersion,
+    DisableVersion,
+    EnableVersion,
+    KeyGroup,
+    NewKek,
+    RotateGroup,
+    apply,
+)
+from kms.core.policy import AllowAll, KeyAuthorizationPolicy, Operation, Principal
+from kms.core.secret import Secret
+from kms.host.entropy import random_key
+from kms.server.handlers import Handlers
+from kms.server.local_provider import LocalMasterKeyProvider
+from kms.server.middleware import Authenticator, Peer, RequestPipeline
+
+API, ADMIN = "api-token-canary", "admin-token-canary"
+PEER = Peer(3, "unix")
+
+
+def mint(group: str, version: int) -> NewKek:
+    with random_key() as key:
+        return NewKek(EnvelopeKey(key), b"wrapped")
+
+
+class Manager:
+    """A `KeyringManager` in memory: another implementation of the seam, as one with etcd behind it would be."""
+
+    def __init__(self) -> None:
+        self.current = apply(EMPTY, CreateGroup("default"), now=1, mint=mint)
+        self.fault: Exception | None = None
+
+    def _apply(self, command: Command) -> KeyGroup:
+        if self.fault is not None:
+            raise self.fault
+        self.current = apply(self.current, command, now=2, mint=mint)
+        return self.current.groups[command.group]
+
+    async def create_group(self, group: str) -> KeyGroup:
+        return self._apply(CreateGroup(group))
+
+    async def rotate_group(self, group: str) -> KeyGroup:
+        return self._apply(RotateGroup(group))
+
+    async def disable_version(self, group: str, version: int) -> KeyGroup:
+        return self._apply(DisableVersion(group, version))
+
+    async def enable_version(self, group: str, version: int) -> KeyGroup:
+        return self._apply(EnableVersion(group, version))
+
+    async def destroy_version(self, group: str, version: int) -> KeyGroup:
+        return self._apply(DestroyVersion(group, version))
+
+    def list_groups(self) -> Sequence[KeyGroup]:
+        if self.fault is not None:
+            raise self.fault
+        return tuple(self.current.groups.values())
+
+
+class Server:
+    """The pipeline as a function from object to object."""
+
+    def __init__(self, policy: KeyAuthorizationPolicy | None = None) -> None:
+        self.manager = Manager()
+        handlers = Handlers(LocalMasterKeyProvider(lambda: self.manager.current), self.manager, new_key=random_key)
+        authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
+        self.pipeline = RequestPipeline(handlers.table(), authenticator, policy or AllowAll())
+
+    def line(self, line: bytes) -> dict[str, Any]:
+        answer = self.pipeline.serve(line, PEER)
+        if not isinstance(answer, bytes):
+            answer = _finish(answer)
+        reply: dict[str, Any] = json.loads(answer)
+        return reply
+
+    def ask(self, kind: str, token: str = API, **fields: Any) -> dict[str, Any]:
+        return self.line(json.dumps({"type": kind, "token": token, **fields}).encode())
+
+    def admin(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return self.ask(kind, ADMIN, **fields)
+
+
+def _finish(answer: Awaitable[bytes]) -> bytes:
+    assert inspect.iscoroutine(answer)
+    with pytest.raises(StopIteration) as stop:
+        answer.send(None)
+    value = stop.value.value
+    assert isinstance(value, bytes)
+    return value
+
+
+def text(data: bytes) -> str:
+    return b64encode(data).decode()
+
+
+FAILED = {"status": "error", "errorCode": "DecryptionFailed", "message": "decryption failed"}
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.mark.parametrize("kind", ["Health", "Ping"])
+def test_Health_and_Ping_answer_ok(server: Server, kind: str) -> None:
+    assert server.ask(kind) == {"status": "ok", "detail": "ok"}
+
+
+@pytest.mark.parametrize("key", [{}, {"keyId": None}, {"keyId": ""}, {"keyId": "  "}, {"keyId": "default"}])
+def test_an_omitted_null_or_blank_keyId_is_default(server: Server, key: dict[str, Any]) -> None:
+    blob = b64decode(server.ask("Encrypt", plaintext=text(b"x"), **key)["ciphertext"])
+    assert blob[:10] == b"\x02\x07default" + b"\x00"
+
+
+def test_Encrypt_then_Decrypt_returns_the_plaintext(server: Server) -> None:
+    sealed = server.ask("Encrypt", plaintext=text(b"hello"), aad=text(b"ctx"))["ciphertext"]
+    assert server.ask("Decrypt", ciphertext=sealed, aad=text(b"ctx")) == {"status": "ok", "plaintext": text(b"hello")}
+
+
+def test_absent_and_empty_aad_are_the_same(server: Server) -> None:
+    sealed = server.ask("Encrypt", plaintext="", aad="")["ciphertext"]
+    assert server.ask("Decrypt", ciphertext=sealed) == {"status": "ok", "plaintext": ""}
+
+
+def test_GenerateDataKey_returns_32_bytes_and_the_same_wrapped(server: Server) -> None:
+    reply = server.ask("GenerateDataKey", aad=text(b"f"))
+    assert len(b64decode(reply["plaintextDataKey"])) == 32
+    assert (
+        server.ask("Decrypt", ciphertext=reply["wrappedDataKey"], aad=text(b"f"))["plaintext"] == reply["plaintextDataKey"]
+    )
+
+
+def test_ReEncrypt_moves_a_ciphertext_and_shows_no_plaintext(server: Server) -> None:
+    server.admin("CreateKeyGroup", keyId="other")
+    sealed = server.ask("Encrypt", plaintext=text(b"hello"))["ciphertext"]
+    moved = server.ask("ReEncrypt", ciphertext=sealed, keyId="other")
+    assert set(moved) == {"status", "ciphertext"}
+    assert b64decode(moved["ciphertext"])[2:7] == b"other"
+    assert server.ask("Decrypt", ciphertext=moved["ciphertext"])["plaintext"] == text(b"hello")
+
+
+def test_a_rotation_strands_nothing(server: Server) -> None:
+    sealed = server.ask("Encrypt", plaintext=text(b"x"))["ciphertext"]
+    group = server.admin("RotateKeyGroup", keyId="default")["keyGroup"]
+    assert [(v["version"], v["status"]) for v in group["versions"]] == [(1, "ENABLED"), (2, "ACTIVE")]
+    assert server.ask("Decrypt", ciphertext=sealed)["plaintext"] == text(b"x")
+
+
+def test_version_operations_answer_with_a_detail(server: Server) -> None:
+    server.admin("CreateKeyGroup", keyId="billing")
+    server.admin("RotateKeyGroup", keyId="billing")
+    for kind, word in (("DisableVersion", "disabled"), ("EnableVersion", "enabled"), ("DestroyVersion", "destroyed")):
+        assert server.admin(kind, keyId="billing", version=1) == {"status": "ok", "detail": f"billing v1 {word}"}
+
+
+def test_ListKeyGroups_shows_every_group(server: Server) -> None:
+    groups = server.admin("ListKeyGroups")["keyGroups"]
+    version = {"version": 1, "status": "ACTIVE", "createdAtEpochSec": 1}
+    assert groups == [{"keyId": "default", "activeVersion": 1, "versions": [version]}]
+
+
+DATA = ["GenerateDataKey", "Encrypt", "Decrypt", "ReEncrypt", "Health", "Ping"]
+CONTROL = ["CreateKeyGroup", "RotateKeyGroup", "ListKeyGroups", "DisableVersion", "EnableVersion", "DestroyVersion"]
+
+
+@pytest.mark.parametrize("token", ["", "wrong", ADMIN, API + "x", "\u00e9"])
+@pytest.mark.parametrize("kind", DATA)
+def test_AuthFailed_for_a_token_that_is_not_the_data_planes(server: Server, kind: str, token: str) -> None:
+    assert server.ask(kind, token) == {"status": "error", "errorCode": "AuthFailed", "message": "invalid API token"}
+
+
+@pytest.mark.parametrize("token", ["", "wrong", API])
+@pytest.mark.parametrize("kind", CONTROL)
+def test_AuthFailed_for_a_token_that_is_not_the_control_planes(server: Server, kind: str, token: str) -> None:
+    assert server.ask(kind, token) == {"status": "error", "errorCode": "AuthFailed", "message": "invalid admin token"}
+
+
+@pytest.mark.parametrize(
+    "line", [b'{"type":"Encrypt"}', b'{"type":"Encrypt","token":7}', b'{"type":"Encrypt","token":null}']
+)
+def test_AuthFailed_for_a_missing_or_ill_typed_token(server: Server, line: bytes) -> None:
+    assert server.line(line)["errorCode"] == "AuthFailed"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{}, {"plaintext": 7}, {"plaintext": "?"}, {"plaintext": "QR=="}, {"plaintext": "", "aad": []}],
+    ids=["missing field", "ill-typed field", "bad base64", "non-canonical base64", "ill-typed aad"],
+)
+def test_authentication_comes_before_validation(server: Server, fields: dict[str, Any]) -> None:
+    assert server.ask("Encrypt", "wrong", **fields)["errorCode"] == "AuthFailed"
+    assert server.ask("Encrypt", API, **fields)["errorCode"] == "InvalidRequest"
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("Nonsense", {}, "type: unknown request type"),
+        ("Encrypt", {}, "plaintext: missing"),
+        ("Encrypt", {"plaintext": 7}, "plaintext: "),
+        ("Encrypt", {"plaintext": "?"}, "plaintext: "),
+        ("Encrypt", {"plaintext": "", "keyId": "nobody"}, "keyId: no such key group"),
+        ("Encrypt", {"plaintext": "", "keyId": "Default"}, "keyId: no such key group"),
+    ],
+    ids=["unknown type", "missing field", "ill-typed field", "bad base64", "no such group", "names differ by case"],
+)
+def test_InvalidRequest_names_the_field(server: Server, kind: str, fields: dict[str, Any], message: str) -> None:
+    reply = server.ask(kind, **fields)
+    assert reply["errorCode"] == "InvalidRequest"
+    assert reply["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "message"),
+    [
+        ("RotateKeyGroup", {"keyId": "nobody"}, "no such key group"),
+        ("RotateKeyGroup", {"keyId": " "}, "blank"),
+        ("CreateKeyGroup", {"keyId": "default"}, "exists already"),
+        ("CreateKeyGroup", {"keyId": "-x"}, "begins with a letter or digit"),
+        ("DisableVersion", {"keyId": "default", "version": 1}, "rotate the group first"),
+        ("DestroyVersion", {"keyId": "default", "version": 1}, "rotate the group first"),
+        ("EnableVersion", {"keyId": "default", "version": 9}, "no such version"),
+        ("EnableVersion", {"keyId": "default", "version": 0}, "version: "),
+        ("EnableVersion", {"keyId": "default", "version": 1.0}, "version: "),
+        ("EnableVersion", {"keyId": "default", "version": True}, "version: "),
+        ("EnableVersion", {"keyId": "default", "version": 1 << 63}, "version: "),
+        ("EnableVersion", {"keyId": "default"}, "version: missing"),
+    ],
+)
+def test_InvalidRequest_for_a_refused_change(server: Server, kind: str, fields: dict[str, Any], message: str) -> None:
+    reply = server.admin(kind, **fields)
+    assert reply["errorCode"] == "InvalidRequest"
+    assert message in reply["message"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"nope", b"[]", b'"x"', b"{", b"\xff", b'{"type":"Ping"}{}', b'{"a":' * 5000, '{"type":"Ping"}'.encode("utf-16")],
+)
+def test_InvalidRequest_for_what_is_not_a_JSON_object(server: Server, line: bytes) -> None:
+    assert server.line(line)["errorCode"] == "InvalidRequest"
+
+
+def test_InvalidRequest_for_a_missing_type(server: Server) -> None:
+    assert server.line(b"{}")["message"] == "type: missing"
+
+
+def test_unknown_fields_are_ignored(server: Server) -> None:
+    assert server.ask("Health", extra={"deep": [1, 2]})["status"] == "ok"
+
+
+def test_no_refusal_echoes_what_was_sent(server: Server) -> None:
+    canary = "canary-in-the-body"
+    for fields in ({"plaintext": canary}, {"plaintext": "", "keyId": canary}, {"plaintext": "", "aad": canary}, {}):
+        assert canary not in json.dumps(server.ask("Encrypt", **fields))
+    assert canary not in json.dumps(server.ask(canary))
+
+
+def every_failure_to_open(server: Server) -> dict[str, dict[str, Any]]:
+    server.admin("CreateKeyGroup", keyId="k")
+    disabled = server.ask("Encrypt", plaintext=text(b"x"), keyId="k")["ciphertext"]
+    server.admin("RotateKeyGroup", keyId="k")
+    destroyed = server.ask("Encrypt", plaintext=text(b"x"), keyId="k")["ciphertext"]
+    server.admin("RotateKeyGroup", keyId="k")
+    server.admin("DisableVersion", keyId="k", version=1)
+    server.admin("DestroyVersion", keyId="k", version=2)
+    good = b64decode(server.ask("Encrypt", plaintext=text(b"x"), aad=text(b"a"))["ciphertext"])
+    return {
+        "wrong AAD": {"ciphertext": text(good), "aad": text(b"b")},
+        "tampering": {"ciphertext": text(good[:-1] + bytes([good[-1] ^ 1])), "aad": text(b"a")},
+        "wrong key": {"ciphertext": text(good.replace(b"\x07default", b"\x01k")), "aad": text(b"a")},
+        "malformed blob": {"ciphertext": text(b"\x02"), "aad": text(b"a")},
+        "empty": {"ciphertext": ""},
+        "group name that is no UTF-8": {"ciphertext": text(b"\x02\x01\xff" + good[9:])},
+        "unknown group": {"ciphertext": text(good.replace(b"default", b"nobody!")), "aad": text(b"a")},
+        "unknown version": {"ciphertext": text(good[:16] + b"\x09" + good[17:]), "aad": text(b"a")},
+        "disabled version": {"ciphertext": disabled},
+        "destroyed version": {"ciphertext": destroyed},
+    }
+
+
+@pytest.mark.parametrize("kind", ["Decrypt", "ReEncrypt"])
+def test_DecryptionFailed_is_one_answer_to_every_failure(server: Server, kind: str) -> None:
+    for why, fields in every_failure_to_open(server).items():
+        assert server.ask(kind, **fields) == FAILED, why
+
+
+def test_InternalError_tells_the_client_nothing_and_the_log_no_text(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    server.manager.fault = RuntimeError("canary")
+    with caplog.at_level(logging.INFO):
+        for reply in (server.admin("ListKeyGroups"), server.admin("RotateKeyGroup", keyId="default")):
+            assert reply["errorCode"] == "InternalError"
+            assert "canary" not in reply["message"]
+    assert "RuntimeError" in caplog.text
+    assert "canary" not in caplog.text.replace(API, "").replace(ADMIN, "")
+
+
+def test_FrameTooLarge_names_the_limit(server: Server) -> None:
+    reply = json.loads(server.pipeline.frame_too_large(1024, PEER))
+    assert reply == {
+        "status": "error",
+        "errorCode": "FrameTooLarge",
+        "message": "a request line has at most 1024 bytes",
+    }
+
+
+class Only:
+    """Allows just what it is told."""
+
+    def __init__(self, *allowed: tuple[Operation, str | None]) -> None:
+        self.allowed = allowed
+
+    def allows(self, principal: Principal, operation: Operation, group: str | None) -> bool:
+        return (operation, group) in self.allowed
+
+
+def test_Unauthorized_when_the_policy_forbids_the_group_or_the_operation() -> None:
+    server = Server(Only((Operation.ENCRYPT, "default")))
+    assert server.ask("Encrypt", plaintext="")["status"] == "ok"
+    assert server.ask("Encrypt", plaintext="", keyId="other")["errorCode"] == "Unauthorized"
+    assert server.ask("GenerateDataKey")["errorCode"] == "Unauthorized"
+    assert server.ask("Health")["errorCode"] == "Unauthorized"
+    assert server.admin("RotateKeyGroup", keyId="default")["errorCode"] == "Unauthorized"
+
+
+def test_Unauthorized_never_comes_before_AuthFailed() -> None:
+    assert Server(Only()).ask("Encrypt", "wrong", plaintext="")["errorCode"] == "AuthFailed"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "outcome"),
+    [
+        ([(Operation.DECRYPT, "default"), (Operation.RE_ENCRYPT, "other")], "ok"),
+        ([(Operation.DECRYPT, "default"), (Operation.RE_ENCRYPT, "default")], "error"),
+        ([(Operation.DECRYPT, "other"), (Operation.RE_ENCRYPT, "other")], "error"),
+        ([(Operation.RE_ENCRYPT, "default"), (Operation.RE_ENCRYPT, "other")], "error"),
+    ],
+)
+def test_ReEncrypt_needs_DECRYPT_on_the_source_and_RE_ENCRYPT_on_the_destination(
+    allowed: list[tuple[Operation, str | None]], outcome: str
+) -> None:
+    setup = [(Operation.ENCRYPT, "default"), (Operation.CREATE_KEY_GROUP, "other")]
+    server = Server(Only(*allowed, *setup))
+    server.admin("CreateKeyGroup", keyId="other")
+    sealed = server.ask("Encrypt", plaintext="")["ciphertext"]
+    assert server.ask("ReEncrypt", ciphertext=sealed, keyId="other")["status"] == outcome
+
+
+def test_control_operations_and_every_refusal_are_audited_without_a_secret(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    secret = "secret-canary"
+    with caplog.at_level(logging.INFO):
+        server.ask("Encrypt", plaintext=text(secret.encode()), aad=text(b"aad-canary"))
+        assert caplog.text == "", "a data operation that succeeds is not logged"
+        server.admin("RotateKeyGroup", keyId="default")
+        server.ask("Encrypt", "token-canary", plaintext=text(secret.encode()))
+        server.ask("Decrypt", ciphertext=text(b"ciphertext-canary"))
+        server.line(b"nope-canary")
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.split("outcome=")[1] for line in lines] == ["ok", "AuthFailed", "DecryptionFailed", "InvalidRequest"]
+    for canary in (API, ADMIN, "canary", text(secret.encode()), text(b"ciphertext-canary"), text(b"aad-canary")):
+        assert canary not in caplog.text

@@ -1,0 +1,195 @@
+"""Private files and directories."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from kms.core.secret import Secret
+from kms.errors import FileAccessError, InputError, InputMissingError, SecretFileError
+from kms.host.private import make_private_directory, open_private, read_secret, trimmed
+
+
+def _mode(path: Path) -> int:
+    return path.stat().st_mode & 0o777
+
+
+def _bytes(secret: Secret) -> bytes:
+    with secret.view() as view:
+        return bytes(view)
+
+
+def _file(data: Path, content: bytes, mode: int = 0o600) -> Path:
+    path = data / "secret"
+    path.write_bytes(content)
+    path.chmod(mode)
+    return path
+
+
+def test_a_directory_is_made_with_mode_0700(tmp_path: Path) -> None:
+    make_private_directory(tmp_path / "a" / "b")
+    assert _mode(tmp_path / "a" / "b") == 0o700
+
+
+def test_a_directory_is_made_private_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_private_directory(tmp_path / "a")
+    finally:
+        os.umask(before)
+    assert _mode(tmp_path / "a") == 0o700
+
+
+def test_a_directory_that_is_private_is_accepted(data: Path) -> None:
+    make_private_directory(data)
+
+
+@pytest.mark.parametrize("mode", [0o701, 0o710, 0o755, 0o770])
+def test_a_directory_others_may_enter_is_refused_with_what_mends_it(data: Path, mode: int) -> None:
+    data.chmod(mode)
+    with pytest.raises(SecretFileError, match=f"run: chmod 700 {data}"):
+        make_private_directory(data)
+    assert _mode(data) == mode
+
+
+def test_a_directory_of_another_user_is_refused(data: Path, foreign_uid: int) -> None:
+    if os.getuid() == 0:
+        os.chown(data, foreign_uid + 1, -1)
+    with pytest.raises(SecretFileError, match="belongs to another user"):
+        make_private_directory(data)
+
+
+def test_a_file_in_the_place_of_the_directory_is_refused(data: Path) -> None:
+    with pytest.raises(FileAccessError, match="cannot make the directory"):
+        make_private_directory(_file(data, b""))
+
+
+@pytest.mark.parametrize("mode", [0o600, 0o400])
+def test_a_private_file_opens(data: Path, mode: int) -> None:
+    descriptor = open_private(_file(data, b"x", mode))
+    try:
+        assert os.read(descriptor, 9) == b"x"
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize("mode", [0o601, 0o604, 0o640, 0o644, 0o620])
+def test_a_file_open_to_others_is_refused_with_what_mends_it(data: Path, mode: int) -> None:
+    path = _file(data, b"x", mode)
+    with pytest.raises(SecretFileError, match=f"run: chmod 600 {path}"):
+        open_private(path)
+
+
+def test_a_refused_file_is_closed(data: Path) -> None:
+    path = _file(data, b"x", 0o644)
+    before = len(list(Path("/dev/fd").iterdir()))
+    for _ in range(5):
+        with pytest.raises(SecretFileError):
+            open_private(path)
+    assert len(list(Path("/dev/fd").iterdir())) == before
+
+
+def test_a_file_of_another_user_is_refused(data: Path, foreign_uid: int) -> None:
+    path = _file(data, b"x")
+    if os.getuid() == 0:
+        os.chown(path, foreign_uid + 1, -1)
+    with pytest.raises(SecretFileError, match=f"belongs to another user; run: chown {foreign_uid}"):
+        open_private(path)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes a file of root's")
+def test_a_file_of_root_is_accepted(data: Path, foreign_uid: int) -> None:
+    assert foreign_uid != 0
+    os.close(open_private(_file(data, b"x")))
+
+
+def test_a_missing_file_is_named(data: Path) -> None:
+    with pytest.raises(InputMissingError, match=f"there is no file {data / 'absent'}"):
+        open_private(data / "absent")
+
+
+def test_a_symbolic_link_is_not_followed(data: Path) -> None:
+    (data / "link").symlink_to(_file(data, b"x"))
+    with pytest.raises(SecretFileError, match="symbolic link"):
+        open_private(data / "link")
+
+
+def test_a_fifo_is_refused_and_does_not_hang(data: Path) -> None:
+    os.mkfifo(data / "fifo", 0o600)
+    with pytest.raises(SecretFileError, match="not a regular file"):
+        open_private(data / "fifo")
+
+
+def test_a_directory_is_no_secret_file(data: Path) -> None:
+    with pytest.raises(SecretFileError, match="not a regular file"):
+        open_private(data)
+
+
+def test_a_socket_is_no_secret_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(data)
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket")
+        with pytest.raises(FileAccessError, match="cannot read"):
+            open_private(Path("socket"))
+
+
+def test_a_file_this_user_may_not_read_is_refused_with_what_mends_it(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    with pytest.raises(SecretFileError, match="permission denied; run as its owner"):
+        open_private(data / "secret")
+
+
+@pytest.mark.parametrize(
+    ("content", "secret"),
+    [
+        (b"hunter2", b"hunter2"),
+        (b"hunter2\n", b"hunter2"),
+        (b"hunter2\r\n", b"hunter2"),
+        (b"hunter2\n\n", b"hunter2\n"),
+        (b"hunter2\r", b"hunter2\r"),
+        (b" hunter2 ", b" hunter2 "),
+        (b"x" * 4096, b"x" * 4096),
+        (b"\xff\x00", b"\xff\x00"),
+    ],
+)
+def test_a_secret_is_read_without_one_line_end(data: Path, content: bytes, secret: bytes) -> None:
+    assert _bytes(read_secret(_file(data, content))) == secret
+
+
+@pytest.mark.parametrize("content", [b"", b"\n", b"\r\n"])
+def test_an_empty_secret_is_refused(data: Path, content: bytes) -> None:
+    with pytest.raises(InputError, match="is empty"):
+        read_secret(_file(data, content))
+
+
+def test_a_secret_of_more_than_4096_bytes_is_refused(data: Path) -> None:
+    with pytest.raises(InputError, match="more than 4096 bytes"):
+        read_secret(_file(data, b"x" * 4097))
+
+
+def test_a_read_that_fails_names_the_file(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(5, "Input/output error")
+
+    path = _file(data, b"x")
+    monkeypatch.setattr(os, "readv", fail)
+    with pytest.raises(FileAccessError, match="Input/output error"):
+        read_secret(path)
+
+
+def test_the_buffer_a_secret_was_read_into_is_wiped() -> None:
+    buffer = bytearray(b"hunter2\n")
+    assert _bytes(trimmed(buffer, 8, "here")) == b"hunter2"
+    assert buffer == bytes(8)
+
+
+def test_no_message_holds_the_secret(data: Path) -> None:
+    with pytest.raises(SecretFileError) as caught:
+        read_secret(_file(data, b"hunter2", 0o644))
+    assert "hunter2" not in str(caught.value)

@@ -1,0 +1,177 @@
+"""What a contributor runs: `./scripts/dev SESSION`, or `nox -s SESSION` with a nox of one's own."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import subprocess
+from pathlib import Path
+
+import nox
+
+ROOT = Path(__file__).parent
+PROJECT = nox.project.load_toml("pyproject.toml")
+DEVELOPMENT = Path(".dev")
+UNIT_TESTS = ("pytest", "--ignore=kms_tests/integration")
+INTEGRATION_TESTS = ("pytest", "kms_tests/integration")
+
+nox.needs_version = ">=2025.2.9"
+nox.options.sessions = ["lint", "typing", "tests", "integration"]
+nox.options.error_on_missing_interpreters = True
+
+
+def supported_versions() -> list[str]:
+    """The Python versions of pyproject's classifiers, "3.11" and so on."""
+    prefix = "Programming Language :: Python :: "
+    return [name.removeprefix(prefix) for name in PROJECT["project"]["classifiers"] if name.startswith(f"{prefix}3.")]
+
+
+def find_interpreter(version: str) -> str | None:
+    """The path of a Python of this version that runs.
+
+    Being on PATH proves nothing: pyenv leaves a shim there for every version it has, and a shim of one that is not
+    selected only prints an error. Such a version is looked for among pyenv's own as well.
+    """
+    directories = os.environ.get("PATH", os.defpath).split(os.pathsep)
+    pyenv = Path(os.environ.get("PYENV_ROOT", "~/.pyenv")).expanduser()
+    directories += [str(path) for path in sorted(pyenv.glob(f"versions/{version}.*/bin"), reverse=True)]
+    for directory in directories:
+        path = shutil.which(f"python{version}", path=directory)
+        if path is not None and _runs(path, version):
+            return path
+    return None
+
+
+def _runs(path: str, version: str) -> bool:
+    program = "import sys; print('%d.%d' % sys.version_info[:2])"
+    try:
+        answer = subprocess.run([path, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return answer.returncode == 0 and answer.stdout.strip() == version
+
+
+INTERPRETERS = {version: find_interpreter(version) for version in supported_versions()}
+
+
+def install(session: nox.Session, group: str) -> None:
+    """This package, editable, and a dependency group of pyproject."""
+    session.install("-e", ".", *nox.project.dependency_groups(PROJECT, group))
+
+
+@nox.session(python=False)
+def tests(session: nox.Session) -> None:
+    """The unit tests, on every supported Python that is installed here."""
+    present = [version for version, path in INTERPRETERS.items() if path is not None]
+    absent = [version for version, path in INTERPRETERS.items() if path is None]
+    if absent:
+        session.warn(f"not installed here, so not tested: Python {', '.join(absent)}")
+    if not present:
+        session.error("no supported Python was found, so nothing was tested")
+    session.log(f"testing on Python {', '.join(present)}")
+    for version in present:
+        session.notify(f"tests-{version}", session.posargs)
+
+
+def _unit_tests(session: nox.Session) -> None:
+    """The unit tests on this one Python."""
+    install(session, "test")
+    session.run(*UNIT_TESTS, *session.posargs)
+
+
+for _version, _path in INTERPRETERS.items():
+    if _path is not None:
+        nox.session(name=f"tests-{_version}", python=_path)(_unit_tests)
+
+
+@nox.session
+def integration(session: nox.Session) -> None:
+    """The tests that drive the real programs."""
+    install(session, "test")
+    session.run(*INTEGRATION_TESTS, *session.posargs)
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """ruff: its rules, and its format."""
+    session.install(*nox.project.dependency_groups(PROJECT, "lint"))
+    session.run("ruff", "check")
+    session.run("ruff", "format", "--check")
+
+
+@nox.session
+def typing(session: nox.Session) -> None:
+    """mypy, strict."""
+    install(session, "typing")
+    session.install("nox")
+    session.run("mypy")
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """How much of the package all tests together reach, subprocesses included."""
+    install(session, "coverage")
+    session.run("coverage", "erase")
+    session.run("coverage", "run", "-m", "pytest", "kms_tests", *session.posargs)
+    session.run("coverage", "combine")
+    session.run("coverage", "report", "--fail-under=95")
+
+
+@nox.session
+def minimums(session: nox.Session) -> None:
+    """The unit tests with the lowest versions that pyproject allows."""
+    floors = [requirement.replace(">=", "==") for requirement in PROJECT["project"]["dependencies"]]
+    constraints = Path(session.create_tmp(), "minimums.txt")
+    constraints.write_text("\n".join(floors) + "\n", encoding="utf-8")
+    session.install("-e", ".", "-c", str(constraints), *nox.project.dependency_groups(PROJECT, "test"))
+    session.run(*UNIT_TESTS, *session.posargs)
+
+
+@nox.session
+def serve(session: nox.Session) -> None:
+    """A server to try things with; its passphrase, tokens and keystore are made in .dev/ on the first run."""
+    session.install("-e", ".")
+    # Relative, since a Unix socket's path may not be longer than 107 bytes and a checkout may lie deep.
+    os.chdir(ROOT)
+    places = {
+        "MINIKMS_KEYSTORE": str(DEVELOPMENT / "keystore.json"),
+        "MINIKMS_API_TOKEN_FILE": str(DEVELOPMENT / "api.token"),
+        "MINIKMS_ADMIN_TOKEN_FILE": str(DEVELOPMENT / "admin.token"),
+        "MINIKMS_PASSPHRASE_FILE": str(DEVELOPMENT / "passphrase"),
+        "MINIKMS_UNIX_SOCKET": str(DEVELOPMENT / "kms.sock"),
+        "MINIKMS_TCP_PORT": "9123",
+        # A value in the environment would win over the files.
+        "MINIKMS_API_TOKEN": None,
+        "MINIKMS_ADMIN_TOKEN": None,
+        "MINIKMS_PASSPHRASE": None,
+    }
+    _make_private(DEVELOPMENT, DEVELOPMENT / "passphrase")
+    if not (DEVELOPMENT / "keystore.json").exists():
+        session.run("kms-admin", "init", env=places, silent=True)
+    print(_lines_to_paste(os.path.relpath(session.bin, ROOT)), flush=True)
+    # Longer than the server's own 5 seconds of grace: nox would kill it 0.3 seconds after a Ctrl-C.
+    session.run("kms-server", *session.posargs, env=places, interrupt_timeout=8)
+
+
+def _make_private(directory: Path, passphrase: Path) -> None:
+    directory.mkdir(mode=0o700, exist_ok=True)
+    directory.chmod(0o700)
+    if not passphrase.exists():
+        descriptor = os.open(passphrase, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "w", encoding="ascii") as file:
+            file.write(secrets.token_urlsafe(32) + "\n")
+
+
+def _lines_to_paste(programs: str) -> str:
+    client = f"{programs}/kms-client --unix .dev/kms.sock --token-file .dev/api.token"
+    tcp_client = f"{programs}/kms-client --tcp 127.0.0.1:9123 --token-file .dev/api.token"
+    admin = f"{programs}/kms-admin --unix .dev/kms.sock --admin-token-file .dev/admin.token"
+    return f"""
+Paste these into a second terminal, in this directory. Ctrl-C here stops the server.
+
+{client} health
+{tcp_client} encrypt-file --in README.rst --out .dev/README.mke
+{tcp_client} decrypt-file --in .dev/README.mke --out .dev/README.back
+{admin} list-keys
+"""
