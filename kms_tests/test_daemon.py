@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import trio
-import trio.testing
+from trio._socket import _SocketType
 
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
@@ -237,17 +236,17 @@ async def test_a_connection_that_arrives_while_draining_is_closed() -> None:
 def test_running_out_of_descriptors_pauses_accepting_and_does_not_end_it(
     server: Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    accept = trio.socket.SocketType.accept
+    accept = _SocketType.accept
     failures = [OSError(24, "Too many open files")] * 2
 
-    async def starved(sock: trio.socket.SocketType) -> Any:
+    async def starved(sock: _SocketType) -> Any:
         result = await accept(sock)
         if failures:
             result[0].close()
             raise failures.pop()
         return result
 
-    monkeypatch.setattr("trio._socket._SocketType.accept", starved)
+    monkeypatch.setattr(_SocketType, "accept", starved)
 
     def client() -> None:
         for _ in range(2):
@@ -256,3 +255,12 @@ def test_running_out_of_descriptors_pauses_accepting_and_does_not_end_it(
         assert server.ask("Health")["status"] == "ok"
 
     server.run(client)
+
+
+def test_a_bug_in_accepting_ends_the_server_and_does_not_hang_it(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def broken(sock: _SocketType) -> Any:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(_SocketType, "accept", broken)
+    with pytest.RaisesGroup(pytest.RaisesExc(RuntimeError), flatten_subgroups=True, allow_unwrapped=True):
+        server.run(stop=None, no_tcp=True)

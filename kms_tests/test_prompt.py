@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import termios
@@ -39,10 +40,8 @@ class Person:
         """Everything that stood on the screen."""
         self._thread.join(5)
         os.set_blocking(self._descriptor, False)
-        try:
+        with contextlib.suppress(BlockingIOError):
             self.screen += os.read(self._descriptor, 4096)
-        except BlockingIOError:
-            pass
         return self.screen
 
 

@@ -60,7 +60,11 @@ def test_there_is_no_progress_bar_on_the_terminal_that_takes_the_output() -> Non
 
 
 @pytest.mark.usefixtures("at_terminal")
-def test_a_progress_bar_is_on_standard_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_progress_bar_is_on_standard_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich looks at the stream itself
+    monkeypatch.setenv("TERM", "xterm")
     source = tmp_path / "[big]"
     source.write_bytes(bytes(1000))
     stdout = sys.stdout

@@ -76,7 +76,7 @@ class _Body(Struct, forbid_unknown_fields=True, rename="camel"):
     key_groups: list[_Group]
 
 
-class _Document(_Body, forbid_unknown_fields=True, rename="camel"):
+class _Document(_Body, rename="camel"):
     mac: str
 
 

@@ -101,20 +101,23 @@ async def _serve(
         with _listening(config) as (listeners, addresses):
             async with trio.open_nursery() as supervisor:
                 supervisor.start_soon(actor.run)
-                async with trio.open_nursery() as connections:
-                    async with trio.open_nursery() as accepting:
-                        for listener, transport in listeners:
-                            accepting.start_soon(_accept, crowd, listener, transport, connections)
-                        # What start-up made lives for good; the collector need not walk it again.
-                        gc.freeze()
-                        say(f"ready on {' and '.join(addresses)} (pid {os.getpid()})")
-                        notify("READY=1")
-                        say(f"stopping on {signal.Signals(await anext(signals)).name}")
-                        notify("STOPPING=1")
-                        accepting.cancel_scope.cancel()
-                    connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
-                    crowd.drain()
-                actor.close()
+                try:
+                    async with trio.open_nursery() as connections:
+                        async with trio.open_nursery() as accepting:
+                            for listener, transport in listeners:
+                                accepting.start_soon(_accept, crowd, listener, transport, connections)
+                            # What start-up made lives for good; the collector need not walk it again.
+                            gc.freeze()
+                            say(f"ready on {' and '.join(addresses)} (pid {os.getpid()})")
+                            notify("READY=1")
+                            say(f"stopping on {signal.Signals(await anext(signals)).name}")
+                            notify("STOPPING=1")
+                            accepting.cancel_scope.cancel()
+                        connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
+                        crowd.drain()
+                finally:
+                    # However this ends: the actor is shielded, and would keep a broken daemon alive for ever.
+                    actor.close()
     except* SaveOutcomeUnknownError:
         # The actor has logged it. What is on disk is not known, so nothing more may be answered from memory.
         status = EXIT_INTERNAL

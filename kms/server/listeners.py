@@ -55,7 +55,7 @@ class UnixListener:
         except BaseException:
             sock.close()
             raise
-        self._identity = (state.st_dev, state.st_ino)
+        self._identity = _identity(state)
         self.listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     def _bind(self, sock: socket.socket) -> None:
@@ -81,11 +81,15 @@ class UnixListener:
     def remove(self) -> None:
         """Remove the socket file, if it is still the one made here."""
         try:
-            state = self._path.lstat()
-            if (state.st_dev, state.st_ino) == self._identity:
+            if _identity(self._path.lstat()) == self._identity:
                 self._path.unlink()
         except OSError:
             return
+
+
+def _identity(state: os.stat_result) -> tuple[int, int, int]:
+    # The time too: a file system may give the number of a removed file to the next one made.
+    return state.st_dev, state.st_ino, state.st_mtime_ns
 
 
 def _bind_private(sock: socket.socket, path: Path) -> None:

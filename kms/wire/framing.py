@@ -56,7 +56,4 @@ class Framer:
         """At the end of the stream: the last frame, if the stream was cut before its line end."""
         rest = bytes(self._partial).removesuffix(b"\r")
         self._partial.clear()
-        if len(rest) > self._limit:
-            self.too_large = True
-            return []
         return [rest] if rest and not rest.isspace() else []

@@ -1,0 +1,248 @@
+"""`kms-admin`: the control plane against a client that needs no server, and the offline commands for real."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kms.cli import prompt
+from kms.cli.admin import main
+from kms.client import blocking
+from kms.core import derive
+from kms.core.derive import KdfParameters
+from kms.core.secret import Secret
+from kms.errors import SaveFailedError, SaveOutcomeUnknownError
+from kms.keystore import file
+from kms.keystore.file import KeystoreLock
+from kms.wire.messages import KeyGroupView, VersionView
+
+GROUP = KeyGroupView("billing", 1, [VersionView(1, "ACTIVE", 1700000000)])
+
+
+class FakeAdmin:
+    """Keeps what it was asked; answers with `GROUP` or words."""
+
+    asked: list[tuple[Any, ...]]
+
+    def __enter__(self) -> FakeAdmin:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        return None
+
+    def __init__(self) -> None:
+        self.asked = []
+
+    def list_key_groups(self) -> list[KeyGroupView]:
+        self.asked.append(("list",))
+        return [GROUP]
+
+    def create_key_group(self, key_id: str) -> KeyGroupView:
+        self.asked.append(("create", key_id))
+        return GROUP
+
+    def rotate_key_group(self, key_id: str) -> KeyGroupView:
+        self.asked.append(("rotate", key_id))
+        return GROUP
+
+    def disable_version(self, key_id: str, version: int) -> str:
+        self.asked.append(("disable", key_id, version))
+        return f"{key_id} v{version} disabled"
+
+    def enable_version(self, key_id: str, version: int) -> str:
+        self.asked.append(("enable", key_id, version))
+        return f"{key_id} v{version} enabled"
+
+    def destroy_version(self, key_id: str, version: int) -> str:
+        self.asked.append(("destroy", key_id, version))
+        return f"{key_id} v{version} destroyed"
+
+
+@pytest.fixture(autouse=True)
+def home(data: Path, tiny: KdfParameters, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The data directory that the commands will make."""
+    for name in [name for name in os.environ if name.startswith("MINIKMS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_DATA_HOME", str(data))
+    monkeypatch.setattr(prompt, "TERMINAL", str(data / "no-tty"))
+    monkeypatch.setattr(derive, "KdfParameters", lambda: tiny)
+    return data / "mini-kms"
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> FakeAdmin:
+    fake = FakeAdmin()
+    connect = SimpleNamespace(connect_unix=lambda *_, **__: fake, connect_tcp=lambda *_, **__: fake)
+    monkeypatch.setattr(blocking, "KmsClient", connect)
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "admin")
+    return fake
+
+
+def opens(keystore: Path, passphrase: bytes) -> bool:
+    with KeystoreLock(keystore) as lock:
+        store, keyring = file.load(lock, Secret(bytearray(passphrase)))
+        store.wipe()
+        return "default" in keyring.groups
+
+
+def test_list_keys(fake: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["list-keys"]) == 0
+    assert capsys.readouterr().out == "billing\tv1\tACTIVE\t2023-11-14T22:13:20Z\n"
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "admin")
+    assert main(["--json", "list-keys"]) == 0
+    assert json.loads(capsys.readouterr().out)["keyGroups"][0]["keyId"] == "billing"
+
+
+@pytest.mark.parametrize(("command", "word"), [("create-key", "created"), ("rotate-key", "rotated")])
+def test_create_and_rotate(
+    command: str, word: str, fake: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert main([command, "--key", "billing"]) == 0
+    assert capsys.readouterr().out == f"billing {word}; version 1 is active\n"
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "admin")
+    assert main(["--json", command, "--key", "billing"]) == 0
+    assert json.loads(capsys.readouterr().out)["keyGroup"]["activeVersion"] == 1
+
+
+@pytest.mark.parametrize(
+    ("verb", "done", "more"), [("disable", "disabled", []), ("enable", "enabled", []), ("destroy", "destroyed", ["--yes"])]
+)
+def test_version_commands(
+    verb: str, done: str, more: list[str], fake: FakeAdmin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--json", f"{verb}-version", "--key", "billing", "--version", "3", *more]) == 0
+    assert fake.asked == [(verb, "billing", 3)]
+    assert json.loads(capsys.readouterr().out) == {"detail": f"billing v3 {verb}ed"}
+
+
+def test_destroy_version_asks_first(
+    fake: FakeAdmin, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    questions: list[str] = []
+    monkeypatch.setattr(prompt, "confirm", lambda question, _remedy: questions.append(question))
+    assert main(["destroy-version", "--key", "billing", "--version", "3"]) == 0
+    assert "never be undone" in questions[0]
+    assert "lost for good" in questions[0]
+    assert capsys.readouterr().out == "billing v3 destroyed\n"
+
+
+def test_destroy_version_without_terminal_and_yes_does_nothing(fake: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["destroy-version", "--key", "billing", "--version", "3"]) == 64
+    assert "--yes" in capsys.readouterr().err
+    assert fake.asked == []
+
+
+def test_a_version_is_a_positive_number() -> None:
+    assert main(["enable-version", "--key", "billing", "--version", "0"]) == 64
+
+
+def test_init_makes_directory_tokens_and_keystore(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["init"]) == 0
+    seen = capsys.readouterr()
+    assert "Next: start kms-server" in seen.out
+    tokens = [(home / name).read_text() for name in ("api.token", "admin.token")]
+    assert tokens[0] != tokens[1]
+    for token in tokens:
+        assert len(token) == 44
+        assert token.strip() not in seen.out
+    assert home.stat().st_mode & 0o777 == 0o700
+    for name in ("api.token", "admin.token", "keystore.json"):
+        assert (home / name).stat().st_mode & 0o777 == 0o600
+    assert opens(home / "keystore.json", b"hunter2")
+
+
+def test_init_takes_paths_and_answers_in_json(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    secret = data / "passphrase"
+    secret.write_text("hunter2\n")
+    secret.chmod(0o600)
+    paths = {"keystore": data / "k" / "ks.json", "tokenFile": data / "t" / "api", "adminTokenFile": data / "t" / "admin"}
+    options = ["--keystore", paths["keystore"], "--token-file", paths["tokenFile"], "--admin-token-file"]
+    assert main(["--json", "init", *map(str, options), str(paths["adminTokenFile"]), "--passphrase-file", str(secret)]) == 0
+    assert json.loads(capsys.readouterr().out) == {name: str(path) for name, path in paths.items()}
+    assert all(path.exists() for path in paths.values())
+    assert not home.exists()
+
+
+def test_init_refuses_when_anything_exists_and_leaves_nothing_new(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    home.mkdir(mode=0o700)
+    (home / "admin.token").write_text("old")
+    assert main(["init"]) == 64
+    assert "admin.token exists already" in capsys.readouterr().err
+    assert [path.name for path in home.iterdir()] == ["admin.token"]
+    assert (home / "admin.token").read_text() == "old"
+
+
+def test_init_needs_three_different_files(home: Path) -> None:
+    assert main(["init", "--token-file", str(home / "x"), "--admin-token-file", str(home / "x")]) == 64
+    assert not home.exists()
+
+
+def test_init_without_a_passphrase_leaves_nothing(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init"]) == 64
+    assert "MINIKMS_PASSPHRASE" in capsys.readouterr().err
+    assert not home.exists()
+
+
+@pytest.mark.parametrize(("failure", "status", "kept"), [(SaveFailedError, 74, False), (SaveOutcomeUnknownError, 70, True)])
+def test_init_takes_its_tokens_back_when_the_save_fails(
+    failure: type[Exception], status: int, kept: bool, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise failure("the disk is full")
+
+    monkeypatch.setattr(file, "initialise", fail)
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["init"]) == status
+    assert (home / "api.token").exists() is kept
+
+
+def test_init_reports_a_token_that_cannot_be_written(
+    data: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    (data / "file").touch()
+    (data / "link").symlink_to(data / "file")
+    assert main(["init", "--admin-token-file", str(data / "link" / "admin")]) == 74
+    assert "cannot make" in capsys.readouterr().err
+    assert not (home / "api.token").exists()
+
+
+def test_change_passphrase(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["init"]) == 0
+    capsys.readouterr()
+    new = home / "new"
+    new.write_text("hunter3")
+    new.chmod(0o600)
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    keystore = home / "keystore.json"
+    assert main(["change-passphrase", "--keystore", str(keystore), "--new-passphrase-file", str(new)]) == 0
+    assert capsys.readouterr().out == "passphrase changed\n"
+    assert opens(keystore, b"hunter3")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter4")
+    assert main(["change-passphrase"]) == 2
+    seen = capsys.readouterr()
+    assert "hunter" not in seen.err
+    with KeystoreLock(keystore):
+        assert main(["change-passphrase"]) == 75
+
+
+def test_change_passphrase_needs_a_keystore(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["change-passphrase"]) == 66
+    assert "kms-admin init" in capsys.readouterr().err
+    assert not home.exists()
+
+
+@pytest.mark.parametrize("command", ["", "init", "destroy-version", "change-passphrase"])
+def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command.split(), "--help"]) == 0
+    assert f"kms-admin {command}".rstrip() in capsys.readouterr().out.partition("Examples:")[2]

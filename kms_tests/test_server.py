@@ -1,0 +1,131 @@
+"""`kms-server` up to the point where the daemon takes over."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kms.cli import prompt
+from kms.cli import server as cli
+from kms.cli.server import main
+from kms.core.secret import Secret
+from kms.errors import KeystoreLockedError
+from kms.server import daemon
+
+
+@pytest.fixture(autouse=True)
+def environment(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("MINIKMS_")]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("XDG_DATA_HOME", str(data))
+    monkeypatch.setattr(prompt, "TERMINAL", str(data / "no-tty"))
+    for name, value in (("PASSPHRASE", "hunter2"), ("API_TOKEN", "api"), ("ADMIN_TOKEN", "admin")):
+        monkeypatch.setenv(f"MINIKMS_{name}", value)
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the daemon was started with; it answers the status 7."""
+    started: list[Any] = []
+
+    def run(config: Any, *secrets: Secret, **more: Any) -> int:
+        started.append(config)
+        for secret in secrets:
+            with secret.view() as view:
+                started.append(bytes(view))
+        started.append(signal.getsignal(signal.SIGTERM))
+        more["say"]("ready on\nsomething")
+        return 7
+
+    monkeypatch.setattr(daemon, "run", run)
+    return started
+
+
+def test_the_daemon_gets_configuration_and_secrets_and_gives_the_status(
+    started: list[Any], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--tcp-port", "0", "--no-unix", "--keystore", str(data / "ks.json")]) == 7
+    config, *rest = started
+    assert (config.tcp_port, config.unix_socket, config.keystore) == (0, None, data / "ks.json")
+    assert rest == [b"hunter2", b"api", b"admin", signal.SIG_DFL]
+    assert "kms-server: ready on\\nsomething\n" in capsys.readouterr().err
+
+
+def test_flags_win_over_the_environment(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIKMS_TCP_PORT", "1")
+    monkeypatch.setenv("MINIKMS_MAX_CONNECTIONS", "5")
+    assert main(["--tcp-port", "2"]) == 7
+    assert (started[0].tcp_port, started[0].max_connections) == (2, 5)
+
+
+@pytest.mark.parametrize("flags", [["--no-tcp", "--no-unix"], ["--tcp-port", "x"], ["--max-frame-bytes", "1"], ["extra"]])
+def test_a_bad_configuration_is_one_line_and_64(
+    flags: list[str], started: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(flags) == 64
+    assert capsys.readouterr().err.count("\n") == 1
+    assert started == []
+
+
+def test_equal_tokens_are_refused(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "api")
+    assert main([]) == 64
+    assert "the same" in capsys.readouterr().err
+    assert started == []
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_the_passphrase_is_typed_twice_on_the_first_run_only(
+    exists: bool, started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if exists:
+        (data / "ks.json").touch()
+    twice: dict[str, bool] = {}
+
+    def obtain(name: str, *_: object, new: bool = False) -> Secret:
+        twice[name] = new
+        return Secret(bytearray(name.encode()))
+
+    monkeypatch.setattr(cli, "obtain", obtain)
+    assert main(["--keystore", str(data / "ks.json")]) == 7
+    assert twice == {"API token": False, "admin token": False, "passphrase": not exists}
+
+
+def test_tokens_come_from_files(started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("MINIKMS_API_TOKEN")
+    (data / "token").write_text("from-file\n")
+    (data / "token").chmod(0o600)
+    assert main(["--token-file", str(data / "token")]) == 7
+    assert started[2] == b"from-file"
+
+
+def test_a_missing_secret_without_a_terminal_names_the_remedy(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MINIKMS_ADMIN_TOKEN")
+    assert main([]) == 64
+    assert "set MINIKMS_ADMIN_TOKEN, or name a file with --admin-token-file" in capsys.readouterr().err
+
+
+def test_a_daemon_that_cannot_start_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(*_: object, **__: object) -> int:
+        raise KeystoreLockedError("the keystore is in use by process 1; stop it first")
+
+    monkeypatch.setattr(daemon, "run", run)
+    assert main([]) == 75
+    assert capsys.readouterr().err == "kms-server: error: the keystore is in use by process 1; stop it first\n"
+
+
+def test_help_names_flags_and_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    for word in ("--idle-timeout-ms", "MINIKMS_IDLE_TIMEOUT_MS", "MINIKMS_PASSPHRASE", "Examples:"):
+        assert word in shown
