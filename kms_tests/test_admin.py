@@ -117,7 +117,7 @@ def test_version_commands(
 ) -> None:
     assert main(["--json", f"{verb}-version", "--key", "billing", "--version", "3", *more]) == 0
     assert fake.asked == [(verb, "billing", 3)]
-    assert json.loads(capsys.readouterr().out) == {"detail": f"billing v3 {verb}ed"}
+    assert json.loads(capsys.readouterr().out) == {"detail": f"billing v3 {done}"}
 
 
 def test_destroy_version_asks_first(

@@ -186,10 +186,10 @@ def test_77_a_token_file_that_others_may_read_names_the_chmod(data: Path, capsys
     assert f"chmod 600 {token}" in error_line(capsys)
 
 
-@pytest.mark.parametrize("end", [KeyboardInterrupt(), click.Abort()])
-def test_130_interrupted(fake: type[FakeClient], end: BaseException, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(("end", "word"), [(KeyboardInterrupt(), "interrupted"), (click.Abort(), "aborted")])
+def test_130_interrupted(fake: type[FakeClient], end: BaseException, word: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert fail_with(fake, end) == 130
-    assert "interrupted" in error_line(capsys)
+    assert word in error_line(capsys)
 
 
 def test_a_broken_pipe_is_quiet(fake: type[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,6 +202,7 @@ def test_a_stop_signal_unwinds_the_stack(
     number: signal.Signals, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     unwound: list[str] = []
+    before = signal.getsignal(number)
 
     def health(_self: FakeClient) -> str:
         try:
@@ -214,7 +215,7 @@ def test_a_stop_signal_unwinds_the_stack(
     assert main(["health"]) == 128 + number
     assert f"stopped by {number.name}" in error_line(capsys)
     assert unwound == ["yes"]
-    assert signal.getsignal(number) is signal.SIG_DFL
+    assert signal.getsignal(number) is before
 
 
 def test_an_ignored_signal_stays_ignored() -> None:
@@ -319,6 +320,16 @@ def test_an_input_that_cannot_be_read(data: Path, capsys: pytest.CaptureFixture[
     (data / "loop").symlink_to(data / "loop")
     assert main(["encrypt", "--in", str(data / "loop")]) == 74
     assert "cannot read" in error_line(capsys)
+
+
+def test_the_base64_of_something_else_is_no_ciphertext(data: Path) -> None:
+    (data / "in").write_bytes(base64.b64encode(b"\x01odd"))
+    assert main(["decrypt", "--in", str(data / "in")]) == 65
+
+
+def test_bad_base64_is_no_ciphertext(data: Path) -> None:
+    (data / "in").write_bytes(b"Ag=")
+    assert main(["decrypt", "--in", str(data / "in")]) == 65
 
 
 def test_text_that_is_not_utf_8_is_refused(capsys: pytest.CaptureFixture[str]) -> None:

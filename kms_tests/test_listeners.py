@@ -18,27 +18,27 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "run" / "kms.sock"
 
 
-def test_TCP_listens_on_127_0_0_1_only_and_port_0_is_any_free_one() -> None:
+async def test_TCP_listens_on_127_0_0_1_only_and_port_0_is_any_free_one() -> None:
     listener, port = open_tcp(0)
     with listener.socket:
         assert listener.socket.getsockname() == ("127.0.0.1", port)
         assert port > 0
 
 
-def test_a_TCP_port_in_use_is_refused_with_a_remedy() -> None:
+async def test_a_TCP_port_in_use_is_refused_with_a_remedy() -> None:
     listener, port = open_tcp(0)
     with listener.socket, pytest.raises(ConfigError, match="choose another --tcp-port"):
         open_tcp(port)
 
 
-def test_the_socket_is_0600_in_a_directory_of_0700(path: Path) -> None:
+async def test_the_socket_is_0600_in_a_directory_of_0700(path: Path) -> None:
     unix = UnixListener(path)
     with unix.listener.socket:
         assert stat.S_IMODE(path.lstat().st_mode) == 0o600
         assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
 
 
-def test_the_socket_is_0600_from_the_instant_it_exists(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_the_socket_is_0600_from_the_instant_it_exists(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     masks: list[int] = []
     bind = socket.socket.bind
 
@@ -57,14 +57,14 @@ def test_the_socket_is_0600_from_the_instant_it_exists(path: Path, monkeypatch: 
         os.umask(before)
 
 
-def test_a_stale_file_of_a_dead_server_is_removed(path: Path) -> None:
+async def test_a_stale_file_of_a_dead_server_is_removed(path: Path) -> None:
     UnixListener(path).listener.socket.close()
     assert path.exists()
     unix = UnixListener(path)
     unix.listener.socket.close()
 
 
-def test_a_live_servers_socket_is_never_removed(path: Path) -> None:
+async def test_a_live_servers_socket_is_never_removed(path: Path) -> None:
     unix = UnixListener(path)
     with unix.listener.socket:
         with pytest.raises(ConfigError, match="another server"):
@@ -73,7 +73,7 @@ def test_a_live_servers_socket_is_never_removed(path: Path) -> None:
             client.connect(str(path))
 
 
-def test_what_is_not_a_socket_is_never_removed(path: Path) -> None:
+async def test_what_is_not_a_socket_is_never_removed(path: Path) -> None:
     path.parent.mkdir(mode=0o700)
     path.write_text("precious")
     with pytest.raises(ConfigError, match="not a socket"):
@@ -81,13 +81,15 @@ def test_what_is_not_a_socket_is_never_removed(path: Path) -> None:
     assert path.read_text() == "precious"
 
 
-def test_a_directory_others_may_enter_is_refused(path: Path) -> None:
+async def test_a_directory_others_may_enter_is_refused(path: Path) -> None:
     path.parent.mkdir(mode=0o755)
     with pytest.raises(SecretFileError, match="chmod 700"):
         UnixListener(path)
 
 
-def test_a_socket_that_cannot_be_made_is_an_error_with_its_reason(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_socket_that_cannot_be_made_is_an_error_with_its_reason(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def refuse(sock: socket.socket, address: str) -> None:
         raise PermissionError(13, "Permission denied")
 
@@ -96,7 +98,7 @@ def test_a_socket_that_cannot_be_made_is_an_error_with_its_reason(path: Path, mo
         UnixListener(path)
 
 
-def test_remove_takes_only_its_own_file_away(path: Path) -> None:
+async def test_remove_takes_only_its_own_file_away(path: Path) -> None:
     unix = UnixListener(path)
     unix.listener.socket.close()
     path.unlink()

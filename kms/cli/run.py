@@ -66,15 +66,14 @@ def stop_signals_raise() -> Iterator[None]:
     One that is ignored stays ignored: nohup(1) means it.
     """
     before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    for number, handler in before.items():
-        if handler is signal.SIG_DFL:
-            signal.signal(number, _raise_stopped)
+    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
+    for number in heeded:
+        signal.signal(number, _raise_stopped)
     try:
         yield
     finally:
-        for number, handler in before.items():
-            if handler is signal.SIG_DFL:
-                signal.signal(number, handler)
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
 
 
 def _raise_stopped(number: int, _frame: FrameType | None) -> None:
@@ -94,7 +93,9 @@ def run(command: click.Command, program: str, arguments: Sequence[str] | None = 
         return _fail(program, f"{message}; {remedy}" if remedy and ";" not in message else message, error.exit_code)
     except click.ClickException as error:
         return _fail(program, f"{_usage_complaint(error)}; see {_path_of(error, program)} --help", EXIT_USAGE)
-    except (click.Abort, KeyboardInterrupt):
+    except click.Abort:
+        return _fail(program, "aborted; nothing was changed", EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
         return _fail(program, "interrupted; it was not finished", EXIT_INTERRUPTED)
     except StoppedError as stop:
         return _fail(program, f"stopped by {signal.Signals(stop.number).name}; it was not finished", 128 + stop.number)
@@ -155,6 +156,8 @@ def _system_complaint(error: OSError) -> str:
 
 def _abandon_stdout() -> None:
     # What is still buffered cannot be written; the interpreter would try again at exit, and complain.
+    if sys.stdout is None:
+        return
     try:
         sys.stdout.flush()
     except OSError:
