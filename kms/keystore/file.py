@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from collections.abc import Callable
@@ -162,17 +163,23 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
     `KeystoreError` when it was altered. Whatever it raises, the file was not touched.
     """
     raw = read(lock.keystore)
-    if document.format_version(raw) == legacy.FORMAT:
-        old = legacy.Sealed(raw)
-        with old.header.derive(passphrase) as root:
-            keys = RootKeys(root)
-            keyring = old.open(root, keys.wrap_kek)
-        return Keystore(lock.keystore, old.header, keys, replaces=raw, new_key=new_key), keyring
-    sealed = document.Sealed(raw)
-    with sealed.header.derive(passphrase) as root:
-        keys = RootKeys(root)
-    keyring = sealed.open(keys)
-    return Keystore(lock.keystore, sealed.header, keys, root_check=sealed.root_check, new_key=new_key), keyring
+    with contextlib.ExitStack() as unless_opened:
+        if document.format_version(raw) == legacy.FORMAT:
+            old = legacy.Sealed(raw)
+            with old.header.derive(passphrase) as root:
+                keys = RootKeys(root)
+                unless_opened.callback(keys.wipe)
+                keyring = old.open(root, keys.wrap_kek)
+            keystore = Keystore(lock.keystore, old.header, keys, replaces=raw, new_key=new_key)
+        else:
+            sealed = document.Sealed(raw)
+            with sealed.header.derive(passphrase) as root:
+                keys = RootKeys(root)
+            unless_opened.callback(keys.wipe)
+            keyring = sealed.open(keys)
+            keystore = Keystore(lock.keystore, sealed.header, keys, root_check=sealed.root_check, new_key=new_key)
+        unless_opened.pop_all()
+    return keystore, keyring
 
 
 def change_passphrase(lock: KeystoreLock, old: Secret, new: Secret, *, parameters: KdfParameters) -> None:
@@ -182,23 +189,25 @@ def change_passphrase(lock: KeystoreLock, old: Secret, new: Secret, *, parameter
     """
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
     raw = read(lock.keystore)
-    with header.derive(new) as new_root:
-        new_keys = RootKeys(new_root)
-    replaces = None
-    if document.format_version(raw) == legacy.FORMAT:
-        replaces = raw
-        sealed_v2 = legacy.Sealed(raw)
-        with sealed_v2.header.derive(old) as root:
-            keyring = sealed_v2.open(root, new_keys.wrap_kek)
-    else:
-        sealed = document.Sealed(raw)
-        with sealed.header.derive(old) as root:
-            old_keys = RootKeys(root)
-        keyring = sealed.open(old_keys, new_keys.wrap_kek)
-        old_keys.wipe()
-    keystore = Keystore(lock.keystore, header, new_keys, replaces=replaces)
-    keystore.save(next_generation(keyring))
-    keystore.wipe()
+    with contextlib.ExitStack() as wipes:
+        with header.derive(new) as new_root:
+            new_keys = RootKeys(new_root)
+        wipes.callback(new_keys.wipe)
+        replaces = None
+        if document.format_version(raw) == legacy.FORMAT:
+            replaces = raw
+            sealed_v2 = legacy.Sealed(raw)
+            with sealed_v2.header.derive(old) as root:
+                keyring = sealed_v2.open(root, new_keys.wrap_kek)
+        else:
+            sealed = document.Sealed(raw)
+            with sealed.header.derive(old) as root:
+                old_keys = RootKeys(root)
+            wipes.callback(old_keys.wipe)
+            keyring = sealed.open(old_keys, new_keys.wrap_kek)
+        Keystore(lock.keystore, header, new_keys, replaces=replaces).save(next_generation(keyring))
+        for key in keyring.live_keys():
+            key.wipe()
 
 
 def next_generation(keyring: Keyring) -> Keyring:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -11,9 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from kms_tests.integration.processes import DEADLINE, Machine, Server, eventually, without_privileges
+from kms_tests.integration.processes import DEADLINE, UNPRIVILEGED, Machine, Server, eventually
 
 BEFORE = b"what was there before"
+SMALL_DISK = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+"""
+INTERRUPTIBLE = "import signal; signal.signal(signal.SIGINT, signal.SIG_DFL)"
+"""A shell starts its background jobs with SIGINT ignored, and so may whatever runs these tests."""
 
 
 @pytest.fixture
@@ -39,11 +45,18 @@ def test_a_token_file_that_others_may_read_is_refused_with_the_chmod_that_mends_
 def test_a_token_file_that_cannot_be_read_is_refused(machine: Machine) -> None:
     token = machine.file("unreadable.token", b"x" * 43)
     token.chmod(0)
-    refused = machine.client(
-        "--unix", str(machine.socket), "--token-file", str(token), "health", preexec=without_privileges
-    )
+    refused = machine.client("--unix", str(machine.socket), "--token-file", str(token), "health", prologue=UNPRIVILEGED)
     assert refused.status == 77, refused.stderr
     assert f"chmod 600 {token}" in refused.said_one_line("kms-client")
+
+
+def test_an_input_that_cannot_be_read_is_refused(machine: Machine, server: Server, output: Path) -> None:
+    plain = machine.file("plain", b"content")
+    plain.chmod(0)
+    for command in ("encrypt-file", "encrypt"):
+        refused = server.client(command, "--in", str(plain), "--out", str(output), prologue=UNPRIVILEGED)
+        assert refused.status == 74, refused.stderr
+        assert str(plain) in refused.said_one_line("kms-client")
 
 
 def test_a_token_that_is_not_the_servers_is_refused(machine: Machine, server: Server) -> None:
@@ -122,16 +135,12 @@ def test_an_input_that_is_no_container_is_refused(machine: Machine, server: Serv
 
 
 def test_an_output_that_the_disk_has_no_room_for_is_not_made(machine: Machine, server: Server, output: Path) -> None:
-    def small_disk() -> None:
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
-
     plain = machine.file("plain", bytes(4 << 20))
     sealed = machine.root / "sealed"
     assert server.client("encrypt-file", "--in", str(plain), "--out", str(sealed)).status == 0
     for target in (output, machine.root / "new"):
         for command, source in (("encrypt-file", plain), ("decrypt-file", sealed)):
-            failed = server.client(command, "--in", str(source), "--out", str(target), preexec=small_disk)
+            failed = server.client(command, "--in", str(source), "--out", str(target), prologue=SMALL_DISK)
             assert failed.status == 74
             assert str(target) in failed.said_one_line("kms-client")
     assert not (machine.root / "new").exists()
@@ -151,12 +160,8 @@ def test_an_interrupted_encryption_leaves_nothing_behind(
 ) -> None:
     target = machine.root / "sealed"
 
-    def interruptible() -> None:
-        # A shell starts its background jobs with SIGINT ignored, and so may whatever runs these tests.
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-
     process = machine.popen(
-        "client", "--unix", str(server.socket), "encrypt-file", "--in", "-", "--out", str(target), preexec=interruptible
+        "client", "--unix", str(server.socket), "encrypt-file", "--in", "-", "--out", str(target), prologue=INTERRUPTIBLE
     )
     with process:
         try:

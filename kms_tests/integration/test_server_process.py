@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_tests.integration.processes import DEADLINE, PASSPHRASE, Machine, Server, Wire, eventually, without_privileges
+from kms_tests.integration.processes import DEADLINE, PASSPHRASE, UNPRIVILEGED, Machine, Server, Wire, after, eventually
 
 
 def test_a_second_server_on_the_same_keystore_is_refused_and_names_the_first(machine: Machine, server: Server) -> None:
@@ -191,16 +191,15 @@ def test_a_ciphertext_made_before_sigkill_opens_after_it(machine: Machine, serve
 
 
 def test_no_process_of_the_same_user_can_look_into_the_server(machine: Machine) -> None:
-    server = machine.start(preexec=without_privileges)
+    server = machine.start(prologue=UNPRIVILEGED)
     assert not _can_look_into(server.pid)
     if _yama_forbids_all():
         return
     # The same question about a process like any other, to see that the answer means something.
     with subprocess.Popen(
-        [sys.executable, "-c", "print(flush=True); input()"],
+        after(UNPRIVILEGED, [sys.executable, "-c", "print(flush=True); input()"]),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
-        preexec_fn=without_privileges,
     ) as ordinary:
         assert ordinary.stdout is not None
         ordinary.stdout.readline()
@@ -217,7 +216,7 @@ def _can_look_into(pid: int) -> bool:
     """Whether another process of this user, not its parent, may read its memory."""
     look = f"open('/proc/{pid}/mem', 'rb')"
     process = subprocess.run(
-        [sys.executable, "-c", look], capture_output=True, check=False, preexec_fn=without_privileges, timeout=DEADLINE
+        after(UNPRIVILEGED, [sys.executable, "-c", look]), capture_output=True, check=False, timeout=DEADLINE
     )
     assert process.returncode == 0 or b"PermissionError" in process.stderr
     return process.returncode == 0
