@@ -20,6 +20,8 @@ WRITE_TIMEOUT: Final = 10.0
 """A client that does not read its replies for this long is cut off."""
 DRAIN_TIMEOUT: Final = 5.0
 """What requests in flight get to finish after SIGTERM."""
+MAX_NESTING: Final = 32
+"""Levels of objects and arrays in a request line, which itself needs one. Python's own bound differs by version."""
 READ_BYTES: Final = 1 << 16
 """One read. Together with one frame it is all that a connection can make the server hold."""
 ACCEPT_BACKLOG: Final = 512

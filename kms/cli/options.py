@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 
-PATH: Final = click.Path()
+# Not `readable`: click's own check would be a usage error without a remedy, where opening says what to do.
+PATH: Final = click.Path(readable=False)
 """Completes file names. A str, not a Path, since `./-` is a file and `-` is a stream."""
 _MAX_PORT: Final = 65535
 

@@ -2,8 +2,8 @@
 
 A request is an object tagged by `type`, a reply one tagged by `status`; binary fields are standard base64. Decoding
 is strict where msgspec is lenient: the line must be UTF-8 as a whole (msgspec skips the bytes of unknown fields),
-base64 must be canonical (msgspec ignores the unused bits before the padding), and nesting is bounded by the
-interpreter, whose RecursionError is a refusal like any other.
+base64 must be canonical (msgspec ignores the unused bits before the padding), and nesting has a bound of its own
+(msgspec's is the interpreter's, which differs by version; should it come first, its RecursionError is a refusal too).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from msgspec import Meta, Struct
 
 from kms.core.policy import Operation, Plane
 from kms.errors import InvalidRequestError
-from kms.limits import MAX_VERSION
+from kms.limits import MAX_NESTING, MAX_VERSION
 
 Version = Annotated[int, Meta(ge=1, le=MAX_VERSION)]
 
@@ -219,6 +219,9 @@ class UndecodableRequestError(Exception):
 
 def decode_request(line: bytes) -> Request:
     """The request in `line`; raises `UndecodableRequestError`."""
+    # A line with few brackets cannot nest deeply; almost every line ends the check here.
+    if line.count(b"[") + line.count(b"{") > MAX_NESTING and _nests_too_deeply(line):
+        raise UndecodableRequestError(None, "", InvalidRequestError("nested too deeply"))
     try:
         if not line.isascii():
             line.decode("utf-8")
@@ -251,13 +254,26 @@ def _non_canonical_field(request: Request, line: bytes) -> str | None:
     return None
 
 
+_STRING: Final = re.compile(rb'"(?:[^"\\]|\\.)*"')
+_NO_BRACKETS: Final = bytes(set(range(256)) - set(b"[]{}"))
+_ONE_KIND: Final = bytes.maketrans(b"{}", b"[]")
+
+
+def _nests_too_deeply(line: bytes) -> bool:
+    # Each round takes the innermost level away, at the speed of `replace`; what is left after the last is too deep.
+    brackets = _STRING.sub(b"", line).translate(_ONE_KIND, delete=_NO_BRACKETS)
+    for _ in range(MAX_NESTING):
+        brackets = brackets.replace(b"[]", b"")
+        if not brackets:
+            return False
+    return True
+
+
 def _undecodable(line: bytes, error: Exception) -> UndecodableRequestError:
     if isinstance(error, UnicodeDecodeError):
         return UndecodableRequestError(None, "", InvalidRequestError("not strict UTF-8"))
     try:
         head = _head_decoder.decode(line)
-    except RecursionError:
-        return UndecodableRequestError(None, "", InvalidRequestError("nested too deeply"))
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return UndecodableRequestError(None, "", InvalidRequestError("not a JSON object"))
     token = head.token if isinstance(head.token, str) else ""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -168,7 +170,8 @@ def test_an_interrupted_encryption_leaves_nothing_behind(
             assert process.stdin is not None
             process.stdin.write(bytes(100_000))
             process.stdin.flush()
-            eventually("the encryption is under way", lambda: bool(machine.temp_files()) or process.poll() is not None)
+            eventually("the encryption waits for more", lambda: _waits_for_input(process))
+            assert machine.temp_files()
             process.send_signal(number)
             assert process.wait(DEADLINE) == status
             assert process.stderr is not None
@@ -181,6 +184,14 @@ def test_an_interrupted_encryption_leaves_nothing_behind(
     assert said.startswith("kms-client: ")
     assert not target.exists()
     assert not machine.temp_files()
+
+
+def _waits_for_input(process: subprocess.Popen[bytes]) -> bool:
+    """Whether it has read all there is in its standard input, and sleeps; or has ended."""
+    assert process.stdin is not None
+    unread = fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4))
+    state = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
+    return (unread == bytes(4) and state == "S") or process.poll() is not None
 
 
 def test_a_server_that_is_not_there_is_told(machine: Machine, output: Path) -> None:
