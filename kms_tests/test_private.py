@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from pathlib import Path
 
 import pytest
@@ -193,3 +194,39 @@ def test_no_message_holds_the_secret(data: Path) -> None:
     with pytest.raises(SecretFileError) as caught:
         read_secret(_file(data, b"hunter2", 0o644))
     assert "hunter2" not in str(caught.value)
+
+
+def _as_seen(monkeypatch: pytest.MonkeyPatch, *, mode: int, owner: int, group: int, euid: int) -> None:
+    fstat = os.fstat
+
+    def seen(descriptor: int) -> os.stat_result:
+        fields = list(fstat(descriptor))
+        fields[0], fields[4], fields[5] = stat.S_IFREG | mode, owner, group
+        return os.stat_result(fields)
+
+    monkeypatch.setattr(os, "fstat", seen)
+    monkeypatch.setattr(os, "geteuid", lambda: euid)
+
+
+def test_a_systemd_credential_is_readable_although_its_acl_shows_as_a_group_permission(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "passphrase"
+    path.write_bytes(b"secret\n")
+    _as_seen(monkeypatch, mode=0o440, owner=0, group=0, euid=1000)
+    with read_secret(path) as secret:
+        assert bytes(secret.view()) == b"secret"
+
+
+@pytest.mark.parametrize(
+    ("mode", "owner", "group", "euid"),
+    [(0o440, 1000, 0, 1000), (0o440, 0, 1000, 1000), (0o444, 0, 0, 1000), (0o460, 0, 0, 1000), (0o440, 0, 0, 0)],
+)
+def test_a_group_permission_is_refused_anywhere_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: int, owner: int, group: int, euid: int
+) -> None:
+    path = tmp_path / "passphrase"
+    path.write_bytes(b"secret\n")
+    _as_seen(monkeypatch, mode=mode, owner=owner, group=group, euid=euid)
+    with pytest.raises(SecretFileError, match="chmod 600"):
+        read_secret(path)

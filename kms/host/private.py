@@ -57,7 +57,7 @@ def open_private(path: Path) -> int:
         if not stat.S_ISREG(state.st_mode):
             raise SecretFileError(f"{path} is not a regular file; name one that holds the secret")
         _check_owner(path, state)
-        if stat.S_IMODE(state.st_mode) & _OTHERS:
+        if stat.S_IMODE(state.st_mode) & _OTHERS & ~_credential_bits(state):
             raise SecretFileError(f"other users may read {path}; run: chmod 600 {path}")
     except BaseException:
         os.close(descriptor)
@@ -98,6 +98,13 @@ def trimmed(buffer: bytearray, length: int, origin: str) -> Secret:
     if not length:
         raise InputError(f"{origin} is empty; put the secret into it")
     return secret
+
+
+def _credential_bits(state: os.stat_result) -> int:
+    # systemd hands a credential to a service's user by an ACL on a file of root:root, and an ACL's mask shows as the
+    # group's permission. The group itself is root's, so nobody is let in who could not read the file anyway.
+    is_roots = state.st_uid == 0 and state.st_gid == 0
+    return stat.S_IRGRP if is_roots and os.geteuid() != 0 else 0
 
 
 def _check_owner(path: Path, state: os.stat_result) -> None:
