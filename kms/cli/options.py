@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ import rich_click as click
 
 from kms.cli.prompt import obtain
 from kms.errors import ConfigError, FileAccessError, InputError, InputMissingError
+from kms.host import streams
 from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT
 from kms.server.config import data_directory
 
@@ -191,21 +191,22 @@ def utf8(option: str, text: str) -> bytes:
 def read_bounded(path: Path | None, limit: int, remedy: str) -> bytes:
     """All of `path` (None: standard input), at most `limit` bytes; raises `InputError` with `remedy` for more."""
     name = "standard input" if path is None else str(path)
+    buffer = bytearray(limit + 1)
     try:
         if path is None:
-            data = sys.stdin.buffer.read(limit + 1)
+            length = streams.fill(streams.standard_input(), memoryview(buffer))
         else:
             with path.open("rb") as file:
-                data = file.read(limit + 1)
+                length = streams.fill(file, memoryview(buffer))
     except FileNotFoundError:
         raise InputMissingError(f"there is no file {name}") from None
     except IsADirectoryError:
         raise InputError(f"{name} is a directory; name a file") from None
     except OSError as error:
         raise FileAccessError(f"cannot read {name}: {error.strerror}") from error
-    if len(data) > limit:
+    if length > limit:
         raise InputError(f"{name} is too large for one request; {remedy}")
-    return data
+    return bytes(buffer[:length])
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -26,6 +26,7 @@ from kms.core import ciphertext, container
 from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
+from kms.host import streams
 from kms.host.durable import DurableFile, RenameError
 from kms.limits import FILE_CHUNK_BYTES, GCM_TAG_BYTES, KEY_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
 
@@ -152,11 +153,8 @@ class _Reader:
 
     def fill(self, buffer: memoryview) -> int:
         """Fill `buffer` from its start; returns how many bytes, fewer than its length only at the end."""
-        length = 0
         with _translated(f"cannot read {self.name}"):
-            # A pipe gives what it has; only 0 is its end.
-            while length < len(buffer) and (count := self._stream.readinto(buffer[length:])):  # type: ignore[attr-defined]
-                length += count
+            length = streams.fill(self._stream, buffer)
         if self._progress is not None and length:
             self._progress(length)
         return length
@@ -212,7 +210,7 @@ class _FileWriter:
 @contextlib.contextmanager
 def _opened_source(source: Source, progress: Progress | None) -> Iterator[_Reader]:
     if source is None:
-        yield _Reader(sys.stdin.buffer, "standard input", progress)
+        yield _Reader(streams.standard_input(), "standard input", progress)
     elif isinstance(source, Path):
         try:
             stream = source.open("rb", buffering=0)

@@ -240,10 +240,11 @@ class Machine:
         stderr: int | BinaryIO = subprocess.PIPE,
         stdout: int | BinaryIO = subprocess.PIPE,
         prologue: str | None = None,
+        stdin: int | BinaryIO = subprocess.PIPE,
     ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
             after(prologue, [*program(name), *arguments]),
-            stdin=subprocess.PIPE,
+            stdin=stdin,
             stdout=stdout,
             stderr=stderr,
             env=self.changed(environment),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -186,12 +187,54 @@ def test_an_interrupted_encryption_leaves_nothing_behind(
     assert not machine.temp_files()
 
 
+def test_a_signal_is_not_lost_between_two_reads_of_a_pipe(machine: Machine, server: Server) -> None:
+    # A read of the pipe that begins just after the signal came must not sleep on it; it does not happen each time.
+    for attempt in range(12):
+        arguments = ("--unix", str(server.socket), "encrypt-file", "--in", "-", "--out", str(machine.root / "sealed"))
+        with machine.popen("client", *arguments, prologue=INTERRUPTIBLE) as process:
+            try:
+                assert process.stdin is not None
+                process.stdin.write(bytes(100_000))
+                process.stdin.flush()
+                eventually("the encryption is under way", lambda: bool(machine.temp_files()))
+                process.send_signal(signal.SIGINT)
+                assert process.wait(5) == 130, f"attempt {attempt}"
+            finally:
+                process.kill()
+
+
+def test_standard_input_that_does_not_block_is_read_to_its_end(machine: Machine, server: Server) -> None:
+    # Whoever shares the other end of an open pipe or terminal can have made it so (O_NONBLOCK is the file's, not ours).
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    sealed, back = machine.root / "sealed", machine.root / "back"
+    with open(read, "rb") as source, open(write, "wb", buffering=0) as pipe:  # noqa: PTH123 (descriptors)
+        process = machine.popen(
+            "client", "--unix", str(server.socket), "encrypt-file", "--in", "-", "--out", str(sealed), stdin=source
+        )
+        with process:
+            pipe.write(b"the beginning, ")
+            eventually("it has read that and waits, or has ended", lambda: _has_read(pipe.fileno(), process))
+            with contextlib.suppress(BrokenPipeError):
+                pipe.write(b"and the end")
+            pipe.close()
+            assert process.wait(DEADLINE) == 0
+    assert server.client("decrypt-file", "--in", str(sealed), "--out", str(back)).status == 0
+    assert back.read_bytes() == b"the beginning, and the end"
+
+
 def _waits_for_input(process: subprocess.Popen[bytes]) -> bool:
     """Whether it has read all there is in its standard input, and sleeps; or has ended."""
     assert process.stdin is not None
-    unread = fcntl.ioctl(process.stdin, termios.FIONREAD, bytes(4))
+    return _has_read(process.stdin.fileno(), process)
+
+
+def _has_read(pipe: int, process: subprocess.Popen[bytes]) -> bool:
+    if process.poll() is not None:
+        return True
+    unread = fcntl.ioctl(pipe, termios.FIONREAD, bytes(4))
     state = Path(f"/proc/{process.pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
-    return (unread == bytes(4) and state == "S") or process.poll() is not None
+    return unread == bytes(4) and state in "SZ"
 
 
 def test_a_server_that_is_not_there_is_told(machine: Machine, output: Path) -> None:
