@@ -122,7 +122,8 @@ def coverage(session: nox.Session) -> None:
 def minimums(session: nox.Session) -> None:
     """The unit tests with the lowest versions that pyproject allows."""
     floors = [requirement.replace(">=", "==") for requirement in PROJECT["project"]["dependencies"]]
-    constraints = Path(session.create_tmp(), "minimums.txt")
+    # Not in the session's temp directory: that becomes TMPDIR, and may be too deep for the tests' Unix sockets.
+    constraints = Path(session.virtualenv.location, "minimums.txt")
     constraints.write_text("\n".join(floors) + "\n", encoding="utf-8")
     session.install("-e", ".", "-c", str(constraints), *nox.project.dependency_groups(PROJECT, "test"))
     session.run(*UNIT_TESTS, *session.posargs)

@@ -106,3 +106,9 @@ async def test_remove_takes_only_its_own_file_away(path: Path) -> None:
     path.write_text("another's")
     unix.remove()
     assert path.exists()
+
+
+async def test_a_path_too_long_for_a_socket_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--unix-socket.*107"):
+        UnixListener(tmp_path / ("x" * 100) / "kms.sock")
+    assert not list(tmp_path.iterdir())

@@ -56,4 +56,4 @@ def test_it_stops_when_the_buffer_is_full() -> None:
 def test_standard_input_is_the_unbuffered_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     with io.TextIOWrapper(io.BufferedReader(io.FileIO(os.devnull))) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
-        assert standard_input() is stdin.buffer.raw  # type: ignore[attr-defined]  # typeshed has it on BufferedReader only
+        assert standard_input() is stdin.buffer.raw

@@ -23,9 +23,6 @@ ENVIRONMENT: Final = {
 }
 """Which environment variable stands in for which flag."""
 
-_SUN_PATH_BYTES: Final = 107
-"""sockaddr_un holds 108 bytes on Linux, the last of them NUL."""
-
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
@@ -60,8 +57,6 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
     if no_tcp and no_unix:
         raise ConfigError("--no-tcp and --no-unix together leave no way in; leave one out")
     unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
-    if unix_socket is not None and len(str(unix_socket).encode()) > _SUN_PATH_BYTES:
-        raise ConfigError(f"--unix-socket: a socket's path has at most {_SUN_PATH_BYTES} bytes; choose a shorter one")
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     credential = _if_exists(Path(credentials) / "passphrase") if credentials else None
     return ServerConfig(

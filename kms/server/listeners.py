@@ -7,6 +7,7 @@ import os
 import socket
 import stat
 from pathlib import Path
+from typing import Final
 
 import trio
 
@@ -34,14 +35,20 @@ def open_tcp(port: int) -> tuple[trio.SocketListener, int]:
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock)), int(sock.getsockname()[1])
 
 
+_SUN_PATH_BYTES: Final = 107
+"""sockaddr_un holds 108 bytes on Linux, the last of them NUL."""
+
+
 class UnixListener:
     """A listening Unix socket of mode 0600 in a private directory, and its file, which `remove` takes away."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `ConfigError` when a live server has the path, `SecretFileError` when the directory is not private.
+        """Raises `ConfigError` when the path is too long or a live server has it, `SecretFileError` when the directory is not private.
 
         A stale file of a dead server is removed, a live server's never.
         """
+        if len(os.fsencode(path)) > _SUN_PATH_BYTES:
+            raise ConfigError(f"--unix-socket: a socket's path has at most {_SUN_PATH_BYTES} bytes; choose a shorter one")
         make_private_directory(path.parent)
         self._path = path
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
