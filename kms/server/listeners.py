@@ -43,7 +43,7 @@ class UnixListener:
     """A listening Unix socket of mode 0600 in a private directory, and its file, which `remove` takes away."""
 
     def __init__(self, path: Path) -> None:
-        """Raises `ConfigError` when the path is too long or a live server has it, `SecretFileError` when the directory is not private.
+        """Raises `ConfigError` when the path is too long or a live server's, `SecretFileError` for a directory not private.
 
         A stale file of a dead server is removed, a live server's never.
         """
