@@ -205,8 +205,10 @@ def test_a_service_manager_that_is_gone_is_no_reason_to_fail(server: Server, mon
 class Broken:
     """A pipeline with a bug outside what it contains itself."""
 
+    text = "canary"
+
     def serve(self, line: bytes, peer: Peer) -> bytes:
-        raise RuntimeError("canary")
+        raise RuntimeError(self.text)
 
     def frame_too_large(self, limit: int, peer: Peer) -> bytes:
         return b""
@@ -220,7 +222,7 @@ async def test_one_connections_failure_never_touches_another(caplog: pytest.LogC
         theirs.sendall(b"x\n")
         await crowd.serve(ours, "unix")
         assert theirs.recv(10) == b""
-    assert "RuntimeError" in caplog.text or "ExceptionGroup" in caplog.text
+    assert "RuntimeError" in caplog.text
     assert "canary" not in caplog.text
 
 

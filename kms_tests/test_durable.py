@@ -62,8 +62,8 @@ def test_the_system_calls_come_in_the_order_that_a_power_cut_needs(path: Path, m
         "write temp",
         "fsync temp",
         "close temp",
-        "rename keystore.json",
         "open directory",
+        "rename keystore.json",
         "fsync directory",
         "close directory",
     ]
@@ -196,3 +196,21 @@ def test_what_killed_writers_left_is_removed_and_nothing_else(path: Path) -> Non
         (path.parent / name).touch()
     durable.remove_stale_temp_files(path)
     assert set(_names(path.parent)) == kept
+
+
+def test_without_a_free_descriptor_nothing_has_happened(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = data / "keystore.json"
+    path.write_bytes(b"old")
+    real_open = os.open
+
+    def no_directory(target: Any, flags: int, mode: int = 0o777, **keywords: Any) -> int:
+        if flags & os.O_DIRECTORY:
+            raise OSError(24, "Too many open files")
+        return real_open(target, flags, mode, **keywords)
+
+    monkeypatch.setattr(os, "open", no_directory)
+    with pytest.raises(OSError, match="Too many open files") as failure:
+        write_file(path, b"new")
+    assert not isinstance(failure.value, RenameError), "its outcome is known"
+    assert [entry.name for entry in data.iterdir()] == ["keystore.json"]
+    assert path.read_bytes() == b"old"

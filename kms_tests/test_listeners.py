@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import stat
@@ -112,3 +113,17 @@ async def test_a_path_too_long_for_a_socket_is_refused_before_anything_is_made(t
     with pytest.raises(ConfigError, match=r"--unix-socket.*107"):
         UnixListener(tmp_path / ("x" * 100) / "kms.sock")
     assert not list(tmp_path.iterdir())
+
+
+async def test_a_stuck_server_with_a_full_backlog_is_still_a_server(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as stuck, contextlib.ExitStack() as clients:
+        stuck.bind(str(path))
+        stuck.listen(0)
+        for _ in range(3):
+            client = clients.enter_context(socket.socket(socket.AF_UNIX))
+            client.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                client.connect(str(path))
+        with pytest.raises(ConfigError, match="another server"):
+            UnixListener(path)

@@ -27,6 +27,7 @@ from kms.core.keyring import (
 from kms.core.policy import AllowAll, KeyAuthorizationPolicy, Operation, Principal
 from kms.core.secret import Secret
 from kms.host.entropy import random_key
+from kms.limits import MAX_FRAME_BYTES
 from kms.server.handlers import Handlers
 from kms.server.local_provider import LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, Peer, RequestPipeline
@@ -380,3 +381,22 @@ def test_control_operations_and_every_refusal_are_audited_without_a_secret(
     assert [line.split("outcome=")[1] for line in lines] == ["ok", "AuthFailed", "DecryptionFailed", "InvalidRequest"]
     for canary in (API, ADMIN, "canary", text(secret.encode()), text(b"ciphertext-canary"), text(b"aad-canary")):
         assert canary not in caplog.text
+
+
+def test_a_ciphertext_that_would_not_fit_its_own_Decrypt_is_not_handed_out(server: Server) -> None:
+    fits = 1
+    for size in (786_000, 786_200, 786_330):
+        reply = server.ask("Encrypt", plaintext=text(bytes(size)))
+        if reply["status"] == "ok":
+            line = json.dumps({"type": "Decrypt", "token": API, "ciphertext": reply["ciphertext"]})
+            assert len(line) <= MAX_FRAME_BYTES
+            fits = size
+        else:
+            assert reply["message"].startswith("plaintext: ")
+    assert fits == 786_200
+
+
+def test_a_name_as_long_as_a_frame_does_not_fill_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        server.ask("Encrypt", "wrong", plaintext="", keyId="x" * 100_000)
+    assert len(caplog.text) < 1000

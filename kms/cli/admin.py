@@ -217,7 +217,7 @@ def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
 def _write_token(path: Path, made: list[Path]) -> None:
     """A fresh token, durably, in a new file of mode 0600 at `path`, which joins `made` once it exists."""
     from kms.core.secret import Secret
-    from kms.host.durable import fsync_directory
+    from kms.host.durable import sync_names
     from kms.host.entropy import random_secret
     from kms.host.private import make_private_directory
 
@@ -231,7 +231,7 @@ def _write_token(path: Path, made: list[Path]) -> None:
                 file.write(view)
             file.write(b"\n")
             os.fsync(file.fileno())
-        fsync_directory(path.parent)
+        sync_names(path.parent)
     except OSError as error:
         raise FileAccessError(f"cannot make {path}: {error.strerror}; nothing was kept") from error
 

@@ -91,7 +91,9 @@ def _digest(token: Secret) -> bytes:
 
 
 def _say(line: str) -> None:
-    click.echo(f"{PROGRAM}: {one_line(line)}", err=True)
+    # Whoever read standard error may have gone; the server stays, and stops as it should.
+    with contextlib.suppress(OSError):
+        click.echo(f"{PROGRAM}: {one_line(line)}", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -46,12 +46,17 @@ class DurableFile:
         os.fsync(self._descriptor)
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
+        # Opened before the rename: where no descriptor is free, nothing has happened yet.
+        directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             self._temp.rename(self._path)
             self._committed = True
-            fsync_directory(self._path.parent)
+            fsync_directory(directory)
         except OSError as error:
             raise RenameError(error.errno, error.strerror, str(self._path)) from error
+        finally:
+            with contextlib.suppress(OSError):
+                os.close(directory)
 
     def __enter__(self) -> Self:
         return self
@@ -80,10 +85,15 @@ def remove_stale_temp_files(path: Path) -> None:
             leftover.unlink(missing_ok=True)
 
 
-def fsync_directory(path: Path) -> None:
-    """Make the names in `path` durable."""
+def fsync_directory(descriptor: int) -> None:
+    """Make the names in an open directory durable."""
+    os.fsync(descriptor)
+
+
+def sync_names(path: Path) -> None:
+    """Make the names in the directory `path` durable; for files that were made in it without `DurableFile`."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        os.fsync(descriptor)
+        fsync_directory(descriptor)
     finally:
         os.close(descriptor)

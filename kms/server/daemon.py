@@ -92,7 +92,8 @@ def _wipe(keyring: Keyring, keystore: Keystore) -> None:
 async def _serve(
     config: ServerConfig, actor: KeyringActor, authenticator: Authenticator, signals: AsyncIterator[int], say: Say
 ) -> int:
-    handlers = Handlers(LocalMasterKeyProvider(lambda: actor.current), actor, new_key=random_key)
+    provider = LocalMasterKeyProvider(lambda: actor.current)
+    handlers = Handlers(provider, actor, new_key=random_key, max_frame_bytes=config.max_frame_bytes)
     pipeline = RequestPipeline(handlers.table(), authenticator, AllowAll())
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
     crowd = Crowd(pipeline, bounds, config.max_connections)

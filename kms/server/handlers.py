@@ -14,13 +14,16 @@ from kms.core.keyring import KeyGroup
 from kms.core.provider import KeyringManager, MasterKeyProvider
 from kms.core.secret import Secret
 from kms.errors import InvalidRequestError
-from kms.limits import DEFAULT_KEY_GROUP
+from kms.limits import DEFAULT_KEY_GROUP, MAX_FRAME_BYTES
 from kms.wire import messages
 from kms.wire.messages import Reply, Request
 
 Answer = Reply | Awaitable[Reply]
 Handler = Callable[[Any], Answer]
 """From a request of its own kind. `Any`, since the table below is keyed by that kind."""
+
+_DECRYPT_OVERHEAD_BYTES = 128
+"""The JSON around the values of a Decrypt request, and base64's padding, with room for spaces."""
 
 _HEALTHY = messages.DetailReply("ok")
 
@@ -33,8 +36,16 @@ def group_of(key_id: str | None) -> str:
 class Handlers:
     """All operations over the two seams."""
 
-    def __init__(self, master_keys: MasterKeyProvider, keyring: KeyringManager, *, new_key: Callable[[], Secret]) -> None:
-        """`new_key` makes a fresh 32-byte data key."""
+    def __init__(
+        self,
+        master_keys: MasterKeyProvider,
+        keyring: KeyringManager,
+        *,
+        new_key: Callable[[], Secret],
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
+        """`new_key` makes a fresh 32-byte data key; `max_frame_bytes` is what a request line may have."""
+        self._max_frame_bytes = max_frame_bytes
         self._master_keys = master_keys
         self._keyring = keyring
         self._new_key = new_key
@@ -66,9 +77,9 @@ class Handlers:
         return messages.DataKeyReply(plaintext, wrapped)
 
     def encrypt(self, request: messages.Encrypt) -> Reply:
-        return messages.CiphertextReply(
-            self._master_keys.seal(group_of(request.key_id), request.plaintext, request.aad or b"")
-        )
+        aad = request.aad or b""
+        sealed = self._master_keys.seal(group_of(request.key_id), request.plaintext, aad)
+        return self._returnable(sealed, aad, request.token)
 
     def decrypt(self, request: messages.Decrypt) -> Reply:
         return messages.PlaintextReply(self._master_keys.open(ciphertext.parse(request.ciphertext), request.aad or b""))
@@ -76,7 +87,13 @@ class Handlers:
     def re_encrypt(self, request: messages.ReEncrypt) -> Reply:
         aad = request.aad or b""
         plaintext = self._master_keys.open(ciphertext.parse(request.ciphertext), aad)
-        return messages.CiphertextReply(self._master_keys.seal(group_of(request.key_id), plaintext, aad))
+        return self._returnable(self._master_keys.seal(group_of(request.key_id), plaintext, aad), aad, request.token)
+
+    def _returnable(self, sealed: bytes, aad: bytes, token: str) -> Reply:
+        # A ciphertext is longer than its plaintext: one handed out must still fit into the request that opens it.
+        if (len(sealed) + len(aad)) * 4 // 3 + len(token) + _DECRYPT_OVERHEAD_BYTES > self._max_frame_bytes:
+            raise InvalidRequestError("plaintext: its ciphertext would be too large for a request; use a data key")
+        return messages.CiphertextReply(sealed)
 
     async def create_key_group(self, request: messages.CreateKeyGroup) -> Reply:
         return messages.KeyGroupReply(_view(await self._keyring.create_group(_named(request.key_id))))

@@ -78,8 +78,12 @@ class UnixListener:
         if not stat.S_ISSOCK(self._path.lstat().st_mode):
             raise ConfigError(f"{self._path} exists and is not a socket; choose another --unix-socket")
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            # A stuck server's backlog may be full: that is a server too, and no reason to wait for it.
+            probe.settimeout(0)
             try:
                 probe.connect(str(self._path))
+            except BlockingIOError:
+                pass
             except ConnectionRefusedError:
                 self._path.unlink()
                 return

@@ -25,6 +25,7 @@ from kms.errors import (
     UnauthorizedError,
     WireError,
 )
+from kms.limits import MAX_GROUP_NAME_BYTES
 from kms.server.handlers import Answer, Handler, group_of
 from kms.wire.messages import (
     Decrypt,
@@ -169,6 +170,10 @@ def _broken(request: Request, peer: Peer, error: Exception) -> bytes:
 
 def log_bug(what: str, error: BaseException) -> None:
     """Log where `error` was raised and its kind, never its text: that could quote a request."""
+    if isinstance(error, BaseExceptionGroup):
+        for part in error.exceptions:
+            log_bug(what, part)
+        return
     where = "".join(traceback.format_tb(error.__traceback__))
     logging.getLogger(__name__).error("%s: %s\n%s", what, type(error).__name__, where)
 
@@ -176,6 +181,8 @@ def log_bug(what: str, error: BaseException) -> None:
 def _record(request: Request | type[Request] | None, peer: Peer, outcome: str) -> None:
     operation = "-" if request is None else request.operation.value
     group = getattr(request, "key_id", None) if isinstance(request, Request) else None
+    if group is not None and len(group) > MAX_GROUP_NAME_BYTES:
+        group = group[:MAX_GROUP_NAME_BYTES] + "..."  # no group has such a name, and a line must not cost a frame
     log.info(
         "connection=%d transport=%s operation=%s group=%r version=%s outcome=%s",
         peer.connection,
