@@ -1,4 +1,4 @@
-"""`kms-client`, in process against a client that needs no server; and every exit status of SPEC section 5."""
+"""`kms-client`, in process against a client that needs no server; and every exit status that the README lists."""
 
 from __future__ import annotations
 

@@ -282,7 +282,7 @@ def _show_group(settings: Settings, group: KeyGroupView, done: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `kms-admin` and return its exit status (SPEC section 5)."""
+    """Run `kms-admin` and return its exit status (the README lists them)."""
     forbid_dumps()
     with stop_signals_raise():
         return run(command, PROGRAM, arguments)

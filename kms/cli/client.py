@@ -253,7 +253,7 @@ def _base64(data: bytes | bytearray | memoryview) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `kms-client` and return its exit status (SPEC section 5)."""
+    """Run `kms-client` and return its exit status (the README lists them)."""
     forbid_dumps()
     with stop_signals_raise():
         return run(command, PROGRAM, arguments)

@@ -97,6 +97,6 @@ def _say(line: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `kms-server` and return its exit status (SPEC section 5)."""
+    """Run `kms-server` and return its exit status (the README lists them)."""
     forbid_dumps()
     return run(command, PROGRAM, arguments)
