@@ -55,7 +55,7 @@ def _load(path: Path, passphrase: bytes = b"correct horse") -> tuple[Keystore, K
 
 
 def _rotated(keystore: Keystore, keyring: Keyring) -> Keyring:
-    return file.next_generation(apply(keyring, RotateGroup("default"), now=NOW, mint=keystore.mint))
+    return apply(keyring, RotateGroup("default"), now=NOW, mint=keystore.mint).next_generation()
 
 
 def _mode(path: Path) -> int:
@@ -309,7 +309,7 @@ def test_a_destroyed_kek_is_not_in_the_file_any_more(made: Path) -> None:
     rotated = _rotated(keystore, keyring)
     keystore.save(rotated)
     assert wrapped.encode() in made.read_bytes()
-    keystore.save(file.next_generation(apply(rotated, DestroyVersion("default", 1), now=NOW, mint=keystore.mint)))
+    keystore.save(apply(rotated, DestroyVersion("default", 1), now=NOW, mint=keystore.mint).next_generation())
     assert wrapped.encode() not in made.read_bytes()
 
 
@@ -456,4 +456,4 @@ def test_nothing_is_done_to_a_keystore_that_is_locked(
 
 
 def test_the_next_generation_counts_one_save() -> None:
-    assert file.next_generation(EMPTY).generation == 1
+    assert EMPTY.next_generation().generation == 1

@@ -126,7 +126,7 @@ def test_loading_writes_nothing(path: Path) -> None:
 def _migrate(path: Path) -> Keyring:
     with KeystoreLock(path) as lock:
         keystore, keyring = file.load(lock, _secret())
-        keyring = file.next_generation(apply(keyring, RotateGroup("billing"), now=1_800_000_000, mint=keystore.mint))
+        keyring = apply(keyring, RotateGroup("billing"), now=1_800_000_000, mint=keystore.mint).next_generation()
         keystore.save(keyring)
         return keyring
 
@@ -152,7 +152,7 @@ def test_the_old_file_is_kept_once(path: Path) -> None:
     kept.write_bytes(b"the user's own now")
     with KeystoreLock(path) as lock:
         keystore, keyring = file.load(lock, _secret())
-        keystore.save(file.next_generation(keyring))
+        keystore.save(keyring.next_generation())
     assert kept.read_bytes() == b"the user's own now"
 
 
@@ -166,9 +166,9 @@ def test_an_old_file_that_was_kept_before_is_never_overwritten(path: Path) -> No
 def test_a_second_save_of_the_same_process_keeps_nothing_more(path: Path) -> None:
     with KeystoreLock(path) as lock:
         keystore, keyring = file.load(lock, _secret())
-        keystore.save(file.next_generation(keyring))
+        keystore.save(keyring.next_generation())
         path.with_name("keystore.json.v2").unlink()
-        keystore.save(file.next_generation(keyring))
+        keystore.save(keyring.next_generation())
     assert not path.with_name("keystore.json.v2").exists()
 
 

@@ -95,6 +95,10 @@ class Keyring:
     generation: int
     groups: Mapping[str, KeyGroup]
 
+    def next_generation(self) -> Keyring:
+        """The same keyring, as the next save writes it."""
+        return replace(self, generation=self.generation + 1)
+
     def live_keys(self) -> Iterator[EnvelopeKey]:
         """Every live KEK, to be wiped at the end."""
         for group in self.groups.values():

@@ -151,7 +151,7 @@ def initialise(
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
     with header.derive(passphrase) as root:
         keystore = Keystore(path, header, RootKeys(root), new_key=new_key)
-    keyring = next_generation(apply(EMPTY, CreateGroup(DEFAULT_KEY_GROUP), now=now, mint=keystore.mint))
+    keyring = apply(EMPTY, CreateGroup(DEFAULT_KEY_GROUP), now=now, mint=keystore.mint).next_generation()
     keystore.save(keyring)
     return keystore, keyring
 
@@ -205,14 +205,9 @@ def change_passphrase(lock: KeystoreLock, old: Secret, new: Secret, *, parameter
                 old_keys = RootKeys(root)
             wipes.callback(old_keys.wipe)
             keyring = sealed.open(old_keys, new_keys.wrap_kek)
-        Keystore(lock.keystore, header, new_keys, replaces=replaces).save(next_generation(keyring))
+        Keystore(lock.keystore, header, new_keys, replaces=replaces).save(keyring.next_generation())
         for key in keyring.live_keys():
             key.wipe()
-
-
-def next_generation(keyring: Keyring) -> Keyring:
-    """The same keyring, as the next save writes it."""
-    return Keyring(keyring.generation + 1, keyring.groups)
 
 
 def read(path: Path) -> bytes:

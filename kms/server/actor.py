@@ -141,7 +141,7 @@ class KeyringActor:
                 applied.append(submission)
         if keyring is self.current:
             return
-        saved = Keyring(keyring.generation + 1, keyring.groups)
+        saved = keyring.next_generation()
         try:
             await trio.to_thread.run_sync(self._store.save, saved, limiter=_one_at_a_time)
         except KmsError as error:
