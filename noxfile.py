@@ -13,7 +13,8 @@ import nox
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml("pyproject.toml")
 DEVELOPMENT = Path(".dev")
-UNIT_TESTS = ("pytest", "--ignore=kms_tests/integration")
+UNIT_TESTS = ("pytest", "--ignore-glob=kms_tests/*/*")
+"""What lies in the directories under kms_tests/ drives real programs or takes long, and has sessions of its own."""
 INTEGRATION_TESTS = ("pytest", "kms_tests/integration")
 
 nox.needs_version = ">=2025.2.9"

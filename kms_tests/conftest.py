@@ -3,15 +3,27 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
 
 from kms.core.derive import KdfParameters
+from kms_tests.integration.processes import Machine, Server
 from kms_tests.strategies import PROFILE
 
 settings.load_profile(PROFILE)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="hours instead of a minute, where a test has a long form")
+
+
+@pytest.fixture(scope="session")
+def long(request: pytest.FixtureRequest) -> bool:
+    """Whether the long form of a test was asked for."""
+    return bool(request.config.getoption("--long"))
 
 
 @pytest.fixture
@@ -35,3 +47,37 @@ def foreign_uid(monkeypatch: pytest.MonkeyPatch) -> int:
     uid = 4242
     monkeypatch.setattr(os, "geteuid", lambda: uid)
     return uid
+
+
+@pytest.fixture(scope="session")
+def template() -> Iterator[Path]:
+    """A data directory as `kms-admin init` makes it, to be copied: a real init for each test would take too long."""
+    machine = Machine()
+    try:
+        made = machine.admin("init")
+        assert made.status == 0, made.stderr
+        yield machine.data
+    finally:
+        machine.dispose()
+
+
+@pytest.fixture
+def bare() -> Iterator[Machine]:
+    """A machine where nothing has run yet."""
+    machine = Machine()
+    yield machine
+    machine.dispose()
+
+
+@pytest.fixture
+def machine(template: Path) -> Iterator[Machine]:
+    """A machine after `kms-admin init`. Servers that still run at its end must stop on SIGTERM with status 0."""
+    machine = Machine(template)
+    yield machine
+    machine.dispose()
+
+
+@pytest.fixture
+def server(machine: Machine) -> Server:
+    """A server on any free port and on a Unix socket."""
+    return machine.start()
