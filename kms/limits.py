@@ -24,6 +24,8 @@ MAX_NESTING: Final = 32
 """Levels of objects and arrays in a request line, which itself needs one. Python's own bound differs by version."""
 READ_BYTES: Final = 1 << 16
 """One read. Together with one frame it is all that a connection can make the server hold."""
+TURN_REQUESTS: Final = 32
+"""Requests of one connection that are answered before the others have their turn: about 0.15 ms of small ones."""
 ACCEPT_BACKLOG: Final = 512
 GROUP_COMMIT_MAX: Final = 256
 """Mutations that share one save. As many as there may be connections, so no one waits for two saves."""

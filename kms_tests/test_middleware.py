@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import os
 from base64 import b64decode, b64encode
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -80,14 +81,15 @@ class Server:
 
     def __init__(self, policy: KeyAuthorizationPolicy | None = None) -> None:
         self.manager = Manager()
-        handlers = Handlers(LocalMasterKeyProvider(lambda: self.manager.current), self.manager, new_key=random_key)
+        provider = LocalMasterKeyProvider(lambda: self.manager.current)
+        handlers = Handlers(provider, self.manager, new_data_key=lambda: os.urandom(32))
         authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
-        self.pipeline = RequestPipeline(handlers.table(), authenticator, policy or AllowAll())
+        self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll())
 
     def line(self, line: bytes) -> dict[str, Any]:
         answer = self.pipeline.serve(line, PEER)
         if not isinstance(answer, bytes):
-            answer = _finish(answer)
+            answer = _finish(answer())
         reply: dict[str, Any] = json.loads(answer)
         return reply
 

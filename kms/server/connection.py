@@ -2,29 +2,32 @@
 
 Rules:
 
-- a frame has to be whole within the idle time, counted from when the server starts to wait for it;
+- a frame has to be whole within the idle time, counted from when the server starts to wait for it, and a slack of at
+  most a sixteenth of it;
 - a batch of replies has to be taken by the client within the write time;
 - while a request is at work there is no deadline;
-- replies go out in the order of the requests, one `send` for all replies of a read;
-- what one connection makes the server hold is one unfinished frame, one read, and the replies to that read.
+- replies go out in the order of the requests, one `send` for all replies of a turn;
+- after TURN_REQUESTS requests it is the other connections' turn, however many more one read has brought;
+- what one connection makes the server hold is one unfinished frame, one read, and the replies of one turn.
 
 It works on the bare non-blocking socket: `SocketStream` pays a trip through the scheduler for each send that would
-not block. One cancel scope serves for the whole connection and has its deadline moved, which is cheaper than a new
-timeout for each read.
+not block, which took as long as answering a request: 10 us against 20 for each line of an echo. One cancel scope
+serves for the whole connection. To move its deadline takes 1.9 us, so it is moved only once it would end too early;
+what is answered without waiting needs none.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import socket
-from collections.abc import Awaitable
 from dataclasses import dataclass
 from typing import Protocol
 
 import trio
 
-from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, READ_BYTES, WRITE_TIMEOUT
-from kms.server.middleware import Peer
+from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
+from kms.server.middleware import Later, Peer
 from kms.wire.framing import Framer
 
 _LINGER_SECONDS = 1.0
@@ -43,7 +46,7 @@ class ConnectionBounds:
 class Pipeline(Protocol):
     """What answers lines; see `RequestPipeline`."""
 
-    def serve(self, line: bytes, peer: Peer) -> bytes | Awaitable[bytes]: ...
+    def serve(self, line: bytes, peer: Peer) -> bytes | Later: ...
 
     def frame_too_large(self, limit: int, peer: Peer) -> bytes: ...
 
@@ -59,6 +62,7 @@ class Connection:
         self._bounds = bounds
         self._framer = Framer(bounds.max_frame_bytes)
         self._scope = trio.CancelScope()
+        self._slack = bounds.idle_timeout / 16
         self._waiting = True
         self._draining = False
 
@@ -90,7 +94,6 @@ class Connection:
             frames = framer.feed(data) if data else framer.finish()
             if frames or framer.too_large:
                 self._waiting = False
-                self._scope.deadline = math.inf
                 await self._answer(frames)
                 if framer.too_large:
                     await self._send(self._pipeline.frame_too_large(self._bounds.max_frame_bytes, self._peer) + b"\n")
@@ -102,34 +105,47 @@ class Connection:
 
     def _await_frame(self) -> None:
         self._waiting = True
-        self._scope.deadline = trio.current_time() + self._bounds.idle_timeout
+        earliest = trio.current_time() + self._bounds.idle_timeout
+        if not earliest <= self._scope.deadline <= earliest + self._slack:
+            self._scope.deadline = earliest + self._slack
 
     async def _answer(self, frames: list[bytes]) -> None:
+        serve, peer = self._pipeline.serve, self._peer
         replies = bytearray()
-        for frame in frames:
-            reply = self._pipeline.serve(frame, self._peer)
+        for number, frame in enumerate(frames, 1):
+            reply = serve(frame, peer)
             if not isinstance(reply, bytes):
                 # It waits for the disk: what is ready must not wait with it.
                 await self._send(replies)
                 replies.clear()
-                reply = await reply
+                self._scope.deadline = math.inf
+                reply = await reply()
             replies += reply
             replies += b"\n"
-            if len(replies) >= READ_BYTES:
+            if (number % TURN_REQUESTS == 0 and number < len(frames)) or len(replies) >= READ_BYTES:
                 await self._send(replies)
                 replies.clear()
+                self._scope.deadline = math.inf
+                await trio.lowlevel.checkpoint()
         await self._send(replies)
 
     async def _send(self, data: bytes | bytearray) -> None:
-        sent = 0
+        if not data:
+            return
+        try:
+            sent = self._sock.send(data)
+        except BlockingIOError:
+            sent = 0
+        if sent < len(data):
+            await self._send_rest(data, sent)
+
+    async def _send_rest(self, data: bytes | bytearray, sent: int) -> None:
+        self._scope.deadline = trio.current_time() + self._bounds.write_timeout
         with memoryview(data) as rest:
             while sent < len(rest):
-                try:
+                await trio.lowlevel.wait_writable(self._sock)
+                with contextlib.suppress(BlockingIOError):
                     sent += self._sock.send(rest[sent:])
-                except BlockingIOError:
-                    if self._scope.deadline == math.inf:
-                        self._scope.deadline = trio.current_time() + self._bounds.write_timeout
-                    await trio.lowlevel.wait_writable(self._sock)
         self._scope.deadline = math.inf
 
     async def _linger(self) -> None:

@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
 import trio
@@ -26,9 +27,8 @@ from kms.core.policy import AllowAll
 from kms.core.secret import Secret
 from kms.errors import EXIT_INTERNAL, EXIT_OK, SaveOutcomeUnknownError
 from kms.host import hardening
-from kms.host.entropy import random_key
 from kms.keystore.file import Keystore, KeystoreLock, initialise, load
-from kms.limits import DRAIN_TIMEOUT
+from kms.limits import DRAIN_TIMEOUT, KEY_BYTES
 from kms.server.actor import KeyringActor
 from kms.server.config import ServerConfig
 from kms.server.connection import Connection, ConnectionBounds, Pipeline
@@ -93,8 +93,10 @@ async def _serve(
     config: ServerConfig, actor: KeyringActor, authenticator: Authenticator, signals: AsyncIterator[int], say: Say
 ) -> int:
     provider = LocalMasterKeyProvider(lambda: actor.current)
-    handlers = Handlers(provider, actor, new_key=random_key, max_frame_bytes=config.max_frame_bytes)
-    pipeline = RequestPipeline(handlers.table(), authenticator, AllowAll())
+    # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
+    new_data_key = partial(os.urandom, KEY_BYTES)
+    handlers = Handlers(provider, actor, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)
+    pipeline = RequestPipeline(handlers, authenticator, AllowAll())
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
     crowd = Crowd(pipeline, bounds, config.max_connections)
     status = EXIT_OK

@@ -1,7 +1,7 @@
 """One function per operation: a decoded, authorized request in, a reply out.
 
-Handlers know the two seams of `core/provider.py` and nothing behind them. Those of the data plane answer at once;
-those that change the keyring return an awaitable.
+Handlers know the two seams of `core/provider.py` and nothing behind them. Those of the data plane answer at once; those
+of the control plane may wait for the keyring, and are coroutines.
 """
 
 from __future__ import annotations
@@ -12,15 +12,14 @@ from typing import Any
 from kms.core import ciphertext
 from kms.core.keyring import KeyGroup
 from kms.core.provider import KeyringManager, MasterKeyProvider
-from kms.core.secret import Secret
 from kms.errors import InvalidRequestError
 from kms.limits import DEFAULT_KEY_GROUP, MAX_FRAME_BYTES
 from kms.wire import messages
 from kms.wire.messages import Reply, Request
 
-Answer = Reply | Awaitable[Reply]
-Handler = Callable[[Any], Answer]
-"""From a request of its own kind. `Any`, since the table below is keyed by that kind."""
+DataHandler = Callable[[Any], Reply]
+ControlHandler = Callable[[Any], Awaitable[Reply]]
+"""From a request of its own kind. `Any`, since the tables below are keyed by that kind."""
 
 _DECRYPT_OVERHEAD_BYTES = 128
 """The JSON around the values of a Decrypt request, and base64's padding, with room for spaces."""
@@ -41,17 +40,17 @@ class Handlers:
         master_keys: MasterKeyProvider,
         keyring: KeyringManager,
         *,
-        new_key: Callable[[], Secret],
+        new_data_key: Callable[[], bytes],
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
-        """`new_key` makes a fresh 32-byte data key; `max_frame_bytes` is what a request line may have."""
+        """`new_data_key` draws 32 fresh bytes; `max_frame_bytes` is what a request line may have."""
         self._max_frame_bytes = max_frame_bytes
         self._master_keys = master_keys
         self._keyring = keyring
-        self._new_key = new_key
+        self._new_data_key = new_data_key
 
-    def table(self) -> dict[type[Request], Handler]:
-        """Which handler serves which request."""
+    def data_plane(self) -> dict[type[Request], DataHandler]:
+        """Which handler serves which request of the data plane."""
         return {
             messages.Health: self.health,
             messages.Ping: self.health,
@@ -59,6 +58,11 @@ class Handlers:
             messages.Encrypt: self.encrypt,
             messages.Decrypt: self.decrypt,
             messages.ReEncrypt: self.re_encrypt,
+        }
+
+    def control_plane(self) -> dict[type[Request], ControlHandler]:
+        """Which handler serves which request of the control plane."""
+        return {
             messages.CreateKeyGroup: self.create_key_group,
             messages.RotateKeyGroup: self.rotate_key_group,
             messages.ListKeyGroups: self.list_key_groups,
@@ -71,8 +75,7 @@ class Handlers:
         return _HEALTHY
 
     def generate_data_key(self, request: messages.GenerateDataKey) -> Reply:
-        with self._new_key() as data_key, data_key.view() as view:
-            plaintext = bytes(view)
+        plaintext = self._new_data_key()
         wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"")
         return messages.DataKeyReply(plaintext, wrapped)
 
@@ -101,7 +104,7 @@ class Handlers:
     async def rotate_key_group(self, request: messages.RotateKeyGroup) -> Reply:
         return messages.KeyGroupReply(_view(await self._keyring.rotate_group(_named(request.key_id))))
 
-    def list_key_groups(self, request: messages.ListKeyGroups) -> Reply:
+    async def list_key_groups(self, request: messages.ListKeyGroups) -> Reply:
         return messages.KeyGroupsReply([_view(group) for group in self._keyring.list_groups()])
 
     async def disable_version(self, request: messages.DisableVersion) -> Reply:

@@ -11,8 +11,9 @@ import hashlib
 import hmac
 import logging
 import traceback
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 from kms.core import ciphertext
@@ -26,12 +27,13 @@ from kms.errors import (
     WireError,
 )
 from kms.limits import MAX_GROUP_NAME_BYTES
-from kms.server.handlers import Answer, Handler, group_of
+from kms.server.handlers import Handlers, group_of
 from kms.wire.messages import (
     Decrypt,
+    Encrypt,
     ErrorReply,
+    GenerateDataKey,
     ReEncrypt,
-    Reply,
     Request,
     UndecodableRequestError,
     decode_request,
@@ -39,6 +41,9 @@ from kms.wire.messages import (
 )
 
 log: Final = logging.getLogger("kms.audit")
+
+Later = Callable[[], Awaitable[bytes]]
+"""A reply that may wait for the disk. Nothing of it has begun until it is called, so it may be dropped until then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +85,16 @@ def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any
     raises `DecryptionFailedError`, as it would when opened.
     """
     kind = type(request)
-    if kind is Decrypt or kind is ReEncrypt:
-        source = ciphertext.parse(request.ciphertext).group
-        _require(policy, principal, Operation.DECRYPT, source)
-        if kind is ReEncrypt:
-            _require(policy, principal, Operation.RE_ENCRYPT, group_of(request.key_id))
-        return
-    group = request.key_id if hasattr(request, "key_id") else None
-    if request.plane is Plane.DATA and request.operation is not Operation.HEALTH:
-        group = group_of(group)
+    group: str | None
+    if kind is Decrypt:
+        group = ciphertext.parse(request.ciphertext).group
+    elif kind is ReEncrypt:
+        _require(policy, principal, Operation.DECRYPT, ciphertext.parse(request.ciphertext).group)
+        group = group_of(request.key_id)
+    elif kind is Encrypt or kind is GenerateDataKey:
+        group = group_of(request.key_id)
+    else:
+        group = getattr(request, "key_id", None)
     _require(policy, principal, request.operation, group)
 
 
@@ -100,42 +106,46 @@ def _require(policy: KeyAuthorizationPolicy, principal: Principal, operation: Op
 class RequestPipeline:
     """From one line to one encoded reply. It never raises: what went wrong is the reply."""
 
-    def __init__(
-        self, handlers: dict[type[Request], Handler], authenticator: Authenticator, policy: KeyAuthorizationPolicy
-    ) -> None:
-        self._handlers = handlers
+    def __init__(self, handlers: Handlers, authenticator: Authenticator, policy: KeyAuthorizationPolicy) -> None:
+        self._data_handlers = handlers.data_plane()
+        self._control_handlers = handlers.control_plane()
         self._authenticator = authenticator
         self._policy = policy
 
-    def serve(self, line: bytes, peer: Peer) -> bytes | Awaitable[bytes]:
-        """The reply line to `line`, without its line end; an awaitable of it when the keyring must be asked."""
+    def serve(self, line: bytes, peer: Peer) -> bytes | Later:
+        """The reply line to `line`, without its line end; for the control plane, what to call for it."""
         try:
             request = decode_request(line)
         except UndecodableRequestError as error:
             return self._refuse_undecodable(error, peer)
-        return self._audited(request, peer)
-
-    def frame_too_large(self, limit: int, peer: Peer) -> bytes:
-        """The reply to a line over the limit, after which the connection is closed."""
-        return _refused(None, peer, FrameTooLargeError(f"a request line has at most {limit} bytes"))
-
-    def _audited(self, request: Request, peer: Peer) -> bytes | Awaitable[bytes]:
+        if request.plane is Plane.CONTROL:
+            return partial(self._serve_control, request, peer)
         try:
-            answer = self._authenticated(request)
+            self._admit(request)
+            return encode(self._data_handlers[type(request)](request))
         except WireError as error:
             return _refused(request, peer, error)
         except Exception as error:  # a bug must cost one reply, not the connection
             return _broken(request, peer, error)
-        if isinstance(answer, Reply):
-            if request.plane is Plane.CONTROL:
-                _record(request, peer, "ok")
-            return encode(answer)
-        return _audited_later(request, peer, answer)
 
-    def _authenticated(self, request: Request) -> Answer:
+    async def _serve_control(self, request: Request, peer: Peer) -> bytes:
+        try:
+            self._admit(request)
+            reply = encode(await self._control_handlers[type(request)](request))
+        except WireError as error:
+            return _refused(request, peer, error)
+        except Exception as error:  # a bug must cost one reply, not the connection
+            return _broken(request, peer, error)
+        _record(request, peer, "ok")
+        return reply
+
+    def _admit(self, request: Request) -> None:
         principal = self._authenticator.authenticate(request.plane, request.token)
         authorize(self._policy, principal, request)
-        return self._handlers[type(request)](request)
+
+    def frame_too_large(self, limit: int, peer: Peer) -> bytes:
+        """The reply to a line over the limit, after which the connection is closed."""
+        return _refused(None, peer, FrameTooLargeError(f"a request line has at most {limit} bytes"))
 
     def _refuse_undecodable(self, error: UndecodableRequestError, peer: Peer) -> bytes:
         refusal: WireError = error.reason
@@ -145,17 +155,6 @@ class RequestPipeline:
             except AuthFailedError as failure:
                 refusal = failure
         return _refused(error.kind, peer, refusal)
-
-
-async def _audited_later(request: Request, peer: Peer, answer: Awaitable[Reply]) -> bytes:
-    try:
-        reply = await answer
-    except WireError as error:
-        return _refused(request, peer, error)
-    except Exception as error:  # a bug must cost one reply, not the connection
-        return _broken(request, peer, error)
-    _record(request, peer, "ok")
-    return encode(reply)
 
 
 def _refused(request: Request | type[Request] | None, peer: Peer, error: WireError) -> bytes:
