@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
-from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
+from kms.core.keyring import CreateGroup, KeyGroup, Keyring, KeyVersion, NewKek, RotateGroup, VersionStatus, apply
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, KmsError, WrongPassphraseError
 from kms.keystore import document
@@ -55,7 +55,7 @@ def _keyring(*groups: KeyGroup, generation: int = 3) -> Keyring:
 
 
 KEYRING = _keyring(_group("default", ACTIVE), _group("billing", DESTROYED, DISABLED, ENABLED, ACTIVE))
-RAW = document.encode(KEYRING, HEADER, KEYS.seal_check(), KEYS)
+RAW = document.Encoder().encode(KEYRING, HEADER, KEYS.seal_check(), KEYS)
 
 
 def _open(raw: bytes, passphrase: bytes = PASSPHRASE) -> Keyring:
@@ -117,7 +117,7 @@ def test_what_is_written_is_read_back() -> None:
 )
 def test_every_keyring_that_is_written_is_read_back(names: list[str], older: list[VersionStatus], generation: int) -> None:
     keyring = _keyring(*(_group(name, *older, ACTIVE) for name in names), generation=generation)
-    opened = _open(document.encode(keyring, HEADER, KEYS.seal_check(), KEYS))
+    opened = _open(document.Encoder().encode(keyring, HEADER, KEYS.seal_check(), KEYS))
     assert opened == keyring
 
 
@@ -374,3 +374,18 @@ def test_the_sub_keys_can_be_wiped() -> None:
     keys.wipe()
     assert keys.mac(b"x") != before
     assert not keys.is_right(KEYS.seal_check())
+
+
+def test_an_encoder_writes_what_a_fresh_one_would_after_any_change() -> None:
+    def mint(group: str, version: int) -> NewKek:
+        kek = Secret(bytearray(32))
+        return NewKek(EnvelopeKey(kek), KEYS.wrap_kek(group, version, kek))
+
+    encoder = document.Encoder()
+    check = KEYS.seal_check()
+    keyring = KEYRING
+    name = next(iter(KEYRING.groups))
+    for command in (RotateGroup(name), CreateGroup("another"), RotateGroup(name), RotateGroup("another")):
+        encoder.encode(keyring, HEADER, check, KEYS)
+        keyring = apply(keyring, command, now=5, mint=mint)
+        assert encoder.encode(keyring, HEADER, check, KEYS) == document.Encoder().encode(keyring, HEADER, check, KEYS)

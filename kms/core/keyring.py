@@ -11,7 +11,7 @@ The rules, for each group:
 - destroy takes ENABLED, DISABLED or DESTROYED to DESTROYED; the ACTIVE version is refused;
 - what is DESTROYED never comes back.
 
-A transition that changes nothing returns the very same keyring, so that nobody saves for it.
+A transition that changes nothing returns the very same group, so that nobody saves for it.
 """
 
 from __future__ import annotations
@@ -155,17 +155,28 @@ def apply(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> Keyrin
 
     The generation stays as it is: several commands may share one save.
     """
+    group = transition(keyring, command, now=now, mint=mint)
+    if keyring.groups.get(group.key_id) is group:
+        return keyring
+    return replace(keyring, groups={**keyring.groups, group.key_id: group})
+
+
+def transition(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> KeyGroup:
+    """The one group that `command` changes, as it is afterwards: the very same one when nothing changes.
+
+    For who applies many commands at once: `apply` copies the map of all groups for each.
+    """
     match command:
         case CreateGroup(name):
-            return _put(keyring, _created(keyring, name, now, mint))
+            return _created(keyring, name, now, mint)
         case RotateGroup(name):
-            return _put(keyring, _rotated(_find(keyring, name), now, mint))
+            return _rotated(_find(keyring, name), now, mint)
         case DisableVersion(name, number):
-            return _with_status(keyring, _find(keyring, name), number, VersionStatus.DISABLED)
+            return _with_status(_find(keyring, name), number, VersionStatus.DISABLED)
         case EnableVersion(name, number):
-            return _with_status(keyring, _find(keyring, name), number, VersionStatus.ENABLED)
+            return _with_status(_find(keyring, name), number, VersionStatus.ENABLED)
         case DestroyVersion(name, number):
-            return _with_status(keyring, _find(keyring, name), number, VersionStatus.DESTROYED)
+            return _with_status(_find(keyring, name), number, VersionStatus.DESTROYED)
 
 
 def _find(keyring: Keyring, name: str) -> KeyGroup:
@@ -173,10 +184,6 @@ def _find(keyring: Keyring, name: str) -> KeyGroup:
     if group is None:
         raise InvalidRequestError("keyId: no such key group")
     return group
-
-
-def _put(keyring: Keyring, group: KeyGroup) -> Keyring:
-    return replace(keyring, groups={**keyring.groups, group.key_id: group})
 
 
 def _created(keyring: Keyring, name: str, now: int, mint: Mint) -> KeyGroup:
@@ -204,19 +211,19 @@ def _minted(group: str, version: int, now: int, mint: Mint) -> KeyVersion:
     return KeyVersion.build(group, version, VersionStatus.ACTIVE, now, kek.wrapped, kek.key)
 
 
-def _with_status(keyring: Keyring, group: KeyGroup, number: int, status: VersionStatus) -> Keyring:
+def _with_status(group: KeyGroup, number: int, status: VersionStatus) -> KeyGroup:
     version = group.versions.get(number)
     if version is None:
         raise InvalidRequestError("version: no such version in this key group")
     if version.status is VersionStatus.ACTIVE:
         if status is VersionStatus.ENABLED:
-            return keyring
+            return group
         raise InvalidRequestError("version: it is ACTIVE; rotate the group first")
     if version.status is status:
-        return keyring
+        return group
     if version.status is VersionStatus.DESTROYED:
         raise InvalidRequestError("version: it is DESTROYED, which cannot be undone")
     changed = replace(version, status=status)
     if status is VersionStatus.DESTROYED:
         changed = replace(changed, wrapped=None, key=None)
-    return _put(keyring, replace(group, versions={**group.versions, number: changed}))
+    return replace(group, versions={**group.versions, number: changed})

@@ -93,6 +93,7 @@ class Keystore:
         self._root_check = keys.seal_check() if root_check is None else root_check
         self._replaces = replaces
         self._new_key = new_key
+        self._encoder = document.Encoder()
 
     def mint(self, group: str, version: int) -> NewKek:
         """A fresh KEK, wrapped for its slot."""
@@ -104,7 +105,7 @@ class Keystore:
 
         Raises `SaveFailedError` when nothing has happened to the file, `SaveOutcomeUnknownError` when it may have.
         """
-        content = document.encode(keyring, self._header, self._root_check, self._keys)
+        content = self._encoder.encode(keyring, self._header, self._root_check, self._keys)
         try:
             if self._replaces is not None:
                 self._keep_replaced(self._replaces)

@@ -28,7 +28,7 @@ from kms.core.keyring import (
     Keyring,
     Mint,
     RotateGroup,
-    apply,
+    transition,
 )
 from kms.errors import InternalError, KmsError, SaveFailedError, SaveOutcomeUnknownError
 from kms.limits import GROUP_COMMIT_MAX
@@ -128,20 +128,23 @@ class KeyringActor:
                 submission.done.set()
 
     async def _apply_and_save(self, batch: list[_Submission]) -> None:
-        keyring = self.current
+        # One copy for the whole batch, not one for each command: of 10,000 groups it takes 0.3 ms of the event loop.
+        groups = dict(self.current.groups)
+        draft = Keyring(self.current.generation, groups)
         applied: list[_Submission] = []
         now = self._clock()
         for submission in batch:
             try:
-                keyring = apply(keyring, submission.command, now=now, mint=self._store.mint)
+                group = transition(draft, submission.command, now=now, mint=self._store.mint)
             except KmsError as error:
                 submission.answer = error
             else:
-                submission.answer = keyring.groups[submission.command.group]
+                submission.answer = groups[group.key_id] = group
                 applied.append(submission)
-        if keyring is self.current:
+        touched = {submission.command.group for submission in applied}
+        if all(groups[name] is self.current.groups.get(name) for name in touched):
             return
-        saved = keyring.next_generation()
+        saved = draft.next_generation()
         try:
             await trio.to_thread.run_sync(self._store.save, saved, limiter=_one_at_a_time)
         except KmsError as error:
@@ -153,7 +156,7 @@ class KeyringActor:
             for submission in applied:
                 submission.answer = failure
             log.error("%s", error)  # noqa: TRY400 - the message says it all; a traceback belongs to a bug
-            _wipe_dropped(saved, self.current)
+            _wipe_dropped(touched, saved, self.current)
             if isinstance(error, SaveOutcomeUnknownError):
                 raise
             return
@@ -162,20 +165,21 @@ class KeyringActor:
                 submission.answer = InternalError("internal error")
             raise
         previous, self.current = self.current, saved
-        _wipe_dropped(previous, saved)
+        _wipe_dropped(touched, previous, saved)
 
 
 _one_at_a_time: Final = trio.CapacityLimiter(math.inf)
 """Saving never waits for a thread that something else occupies; the actor itself runs one at a time."""
 
 
-def _wipe_dropped(before: Keyring, after: Keyring) -> None:
-    """Wipe each key that `before` had and `after` has not: of destroyed versions, or of mutations that were not saved."""
-    for name, group in before.groups.items():
+def _wipe_dropped(groups: set[str], before: Keyring, after: Keyring) -> None:
+    """Wipe each key that `before` had and `after` has not: of destroyed versions, or of mutations that were not saved.
+
+    `groups` are the names of those that may differ.
+    """
+    for name in groups & before.groups.keys():
         kept = after.groups.get(name)
-        if kept is group:
-            continue
-        for number, version in group.versions.items():
+        for number, version in before.groups[name].versions.items():
             other = None if kept is None else kept.versions.get(number)
             if version.key is not None and (other is None or other.key is not version.key):
                 version.key.wipe()
