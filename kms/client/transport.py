@@ -15,16 +15,7 @@ def advance(link: socket.socket, exchange: Exchange[T], address: str) -> bool:
     Reading goes on while a send is stuck: a server that waits for us to take its replies would otherwise never take
     our requests. Raises `ServerUnreachableError` when the connection broke, `ProtocolError` for a bad reply.
     """
-    waits_to_send = False
-    while piece := exchange.outgoing():
-        try:
-            exchange.sent(link.send(piece))
-        except BlockingIOError:
-            waits_to_send = True
-            break
-        except OSError:
-            # A server that refuses a frame as too large says so and closes: its reply may be there to be read.
-            exchange.stop_sending()
+    waits_to_send = _send(link, exchange)
     if exchange.is_done:
         return False
     try:
@@ -36,7 +27,20 @@ def advance(link: socket.socket, exchange: Exchange[T], address: str) -> bool:
     if not data:
         raise ServerUnreachableError(broken(address, "the server closed it"))
     exchange.received(data)
-    return waits_to_send
+    # Again: the replies made room for more, and when they were all there were, none is left to wake us.
+    return _send(link, exchange)
+
+
+def _send(link: socket.socket, exchange: Exchange[T]) -> bool:
+    while piece := exchange.outgoing():
+        try:
+            exchange.sent(link.send(piece))
+        except BlockingIOError:
+            return True
+        except OSError:
+            # A server that refuses a frame as too large says so and closes: its reply may be there to be read.
+            exchange.stop_sending()
+    return False
 
 
 def broken(address: str, reason: str | None) -> str:
