@@ -37,15 +37,19 @@ def header(group: str, version: int) -> bytes:
 
 def parse(blob: bytes) -> Ciphertext:
     """Take a ciphertext apart; raises `DecryptionFailedError` for anything that is not one."""
+    name = group(blob)
+    start = 2 + blob[1] + 8
+    return Ciphertext(name, int.from_bytes(blob[start - 8 : start], "big"), blob[start:])
+
+
+def group(blob: bytes) -> str:
+    """Only the group's name, for who has to decide before anything is opened; raises what `parse` raises."""
     if len(blob) < 2 or blob[0] != FORMAT:
         raise DecryptionFailedError
-    name_end = 2 + blob[1]
-    envelope_start = name_end + 8
-    if name_end == 2 or len(blob) < envelope_start + OVERHEAD_BYTES:
+    name_bytes = blob[1]
+    if name_bytes == 0 or len(blob) < 2 + name_bytes + 8 + OVERHEAD_BYTES:
         raise DecryptionFailedError
     try:
-        group = blob[2:name_end].decode("utf-8")
+        return blob[2 : 2 + name_bytes].decode("utf-8")
     except UnicodeDecodeError:
         raise DecryptionFailedError from None
-    version = int.from_bytes(blob[name_end:envelope_start], "big")
-    return Ciphertext(group, version, blob[envelope_start:])

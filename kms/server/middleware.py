@@ -87,9 +87,9 @@ def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any
     kind = type(request)
     group: str | None
     if kind is Decrypt:
-        group = ciphertext.parse(request.ciphertext).group
+        group = ciphertext.group(request.ciphertext)
     elif kind is ReEncrypt:
-        _require(policy, principal, Operation.DECRYPT, ciphertext.parse(request.ciphertext).group)
+        _require(policy, principal, Operation.DECRYPT, ciphertext.group(request.ciphertext))
         group = group_of(request.key_id)
     elif kind is Encrypt or kind is GenerateDataKey:
         group = group_of(request.key_id)

@@ -23,7 +23,7 @@ PASSPHRASE: Final = "correct horse battery staple"
 DEADLINE: Final = 20.0
 """Seconds that anything here may take."""
 
-_MEASURE: Final = """
+MEASURE: Final = """
 import os, sys
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(pid, 0)
@@ -271,7 +271,7 @@ class Machine:
     def client_peak(self, *arguments: str) -> tuple[int, int]:
         """Run kms-client; its exit status and the most memory it had, in KiB."""
         process = subprocess.run(
-            [sys.executable, "-S", "-c", _MEASURE, *program("client"), *arguments],
+            [sys.executable, "-S", "-c", MEASURE, *program("client"), *arguments],
             env=self.environment,
             cwd=self.root,
             stdin=subprocess.DEVNULL,
