@@ -48,6 +48,48 @@ def test_a_directory_that_is_private_is_accepted(data: Path) -> None:
     make_private_directory(data)
 
 
+@pytest.fixture
+def synced(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Path, list[str]]]:
+    """The directories that were made durable, each with the names it had then."""
+    synced: list[tuple[Path, list[str]]] = []
+
+    def fsync(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        synced.append((path, sorted(entry.name for entry in path.iterdir())))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    return synced
+
+
+def test_each_directory_that_is_made_has_a_durable_name(tmp_path: Path, synced: list[tuple[Path, list[str]]]) -> None:
+    make_private_directory(tmp_path / "a" / "b")
+    assert synced == [(tmp_path, ["a"]), (tmp_path / "a", ["b"])]
+
+
+def test_a_directory_that_was_there_has_a_durable_name_too(data: Path, synced: list[tuple[Path, list[str]]]) -> None:
+    make_private_directory(data)
+    assert synced == [(data.parent, [data.name])]
+
+
+def test_a_directory_whose_name_cannot_be_made_durable_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(FileAccessError, match="cannot make the directory .*: Input/output error"):
+        make_private_directory(tmp_path / "a")
+
+
+def test_a_parent_that_may_not_be_read_does_not_matter_to_a_directory_that_was_there(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "open", refuse)
+    make_private_directory(data)
+
+
 @pytest.mark.parametrize("mode", [0o701, 0o710, 0o755, 0o770])
 def test_a_directory_others_may_enter_is_refused_with_what_mends_it(data: Path, mode: int) -> None:
     data.chmod(mode)

@@ -6,6 +6,7 @@ root, and readable by nobody else. What fails that is refused with the command t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Final
 
 from kms.core.secret import Secret
 from kms.errors import FileAccessError, InputError, InputMissingError, SecretFileError
+from kms.host.durable import sync_names
 from kms.limits import MAX_SECRET_BYTES
 
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
@@ -23,17 +25,36 @@ _CR: Final = 0x0D
 def make_private_directory(path: Path) -> None:
     """Make `path` (and its parents) with mode 0700, or check that what is there is ours and private.
 
+    Its name is durable when this returns: what is saved in a directory whose own name a power cut takes is lost too.
     Raises `SecretFileError` when another user owns it or may enter it.
     """
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.mkdir(mode=0o700, exist_ok=True)
+        if not _make_directory(path, 0o700):
+            # Whoever made it may have been killed before its name was durable. A parent that this user may not read is
+            # not one that it made a directory in.
+            with contextlib.suppress(PermissionError):
+                sync_names(path.parent)
         state = path.stat()
     except OSError as error:
         raise FileAccessError(f"cannot make the directory {path}: {error.strerror}") from error
     _check_owner(path, state)
     if stat.S_IMODE(state.st_mode) & _OTHERS:
         raise SecretFileError(f"other users may enter the directory {path}; run: chmod 700 {path}")
+
+
+def _make_directory(path: Path, mode: int) -> bool:
+    """Make `path` durably, and its parents with the default mode; whether it was not there before."""
+    if path.is_dir():
+        return False
+    _make_directory(path.parent, 0o777)
+    try:
+        path.mkdir(mode)
+    except FileExistsError:
+        if not path.is_dir():
+            raise
+        return False
+    sync_names(path.parent)
+    return True
 
 
 def open_private(path: Path) -> int:
