@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -157,6 +159,18 @@ def test_a_refused_lock_removes_no_temp_file(path: Path) -> None:
         with pytest.raises(KeystoreLockedError):
             KeystoreLock(path)
         assert path.with_name(".keystore.json.tmp-0011").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.EINTR, errno.EIO, errno.ENOSYS])
+def test_a_lock_that_fails_is_not_taken_for_one_that_is_held(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fail)
+    with pytest.raises(FileAccessError, match=f"cannot lock {path}.lock: {os.strerror(number)}"):
+        KeystoreLock(path)
 
 
 def test_a_full_disk_is_an_io_error_and_releases_the_lock(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

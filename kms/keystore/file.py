@@ -40,7 +40,7 @@ class KeystoreLock:
     """
 
     def __init__(self, keystore: Path) -> None:
-        """Raises `KeystoreLockedError` with the holder's pid, or what `make_private_directory` raises."""
+        """Raises `KeystoreLockedError` with the holder's pid, `FileAccessError`, or what `make_private_directory` raises."""
         self.keystore: Final = keystore
         make_private_directory(keystore.parent)
         path = keystore.with_name(keystore.name + ".lock")
@@ -50,10 +50,13 @@ class KeystoreLock:
             raise FileAccessError(f"cannot open the lock file {path}: {error.strerror}") from error
         try:
             fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(self._descriptor, 32).decode("ascii", "replace").strip() or "unknown"
-            os.close(self._descriptor)
+        except BlockingIOError:
+            with os.fdopen(self._descriptor, "rb", 0) as held:
+                holder = held.read(32).decode("ascii", "replace").strip() or "unknown"
             raise KeystoreLockedError(f"the keystore {keystore} is in use by process {holder}; stop it first") from None
+        except OSError as error:
+            os.close(self._descriptor)
+            raise FileAccessError(f"cannot lock {path}: {error.strerror}; use a file system that has locks") from error
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
