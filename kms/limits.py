@@ -57,6 +57,8 @@ KDF_ITERATIONS_RANGE: Final = (1, 64)
 KDF_PARALLELISM_RANGE: Final = (1, 64)
 KDF_SALT_BYTES: Final = 16
 MAX_KEYSTORE_BYTES: Final = 1 << 30
+MAX_KEPT_KEYSTORES: Final = 10
+"""Format 2 files of different keystores that are kept beside one; more are an accident that somebody should look at."""
 
 # Envelopes and files.
 

@@ -17,6 +17,7 @@ from kms.errors import KeystoreError, KmsError, SaveFailedError, WrongPassphrase
 from kms.host import durable
 from kms.keystore import document, file, legacy
 from kms.keystore.file import KeystoreLock
+from kms.limits import MAX_KEPT_KEYSTORES
 from kms_tests import format2
 from kms_tests.format2 import Group, Version
 
@@ -161,6 +162,43 @@ def test_an_old_file_that_was_kept_before_is_never_overwritten(path: Path) -> No
     kept.write_bytes(b"an earlier one")
     _migrate(path)
     assert kept.read_bytes() == b"an earlier one"
+
+
+def test_an_old_file_goes_under_the_next_name_when_another_is_kept(path: Path) -> None:
+    before = path.read_bytes()
+    path.with_name("keystore.json.v2").write_bytes(b"of another keystore")
+    path.with_name("keystore.json.v2.1").symlink_to("nowhere")
+    _migrate(path)
+    kept = path.with_name("keystore.json.v2.2")
+    assert kept.read_bytes() == before
+    assert kept.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_old_file_that_is_kept_already_is_not_kept_again(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = path.read_bytes()
+    _migrate(path)
+    path.write_bytes(before)
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync_names", synced.append)
+    _migrate(path)
+    assert not path.with_name("keystore.json.v2.1").exists()
+    assert synced.count(path.parent) >= 1, "whoever kept it may not have come to make its name durable"
+
+
+def test_where_too_many_others_are_kept_nothing_is_changed(path: Path) -> None:
+    before = path.read_bytes()
+    for name in ("v2", *(f"v2.{number}" for number in range(1, MAX_KEPT_KEYSTORES))):
+        path.with_name(f"keystore.json.{name}").write_bytes(b"of another keystore")
+    with pytest.raises(SaveFailedError, match="cannot keep .*v2.9 and those before it hold others; move them away"):
+        _migrate(path)
+    assert path.read_bytes() == before
+
+
+def test_stale_temp_files_of_kept_files_are_removed_under_the_lock(path: Path) -> None:
+    stale = path.with_name(".keystore.json.v2.9.tmp-0011")
+    stale.touch()
+    KeystoreLock(path).close()
+    assert not stale.exists()
 
 
 def test_a_second_save_of_the_same_process_keeps_nothing_more(path: Path) -> None:

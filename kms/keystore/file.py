@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -19,6 +19,7 @@ from kms.errors import (
     InputMissingError,
     KeystoreError,
     KeystoreLockedError,
+    KmsError,
     SaveFailedError,
     SaveOutcomeUnknownError,
 )
@@ -27,7 +28,7 @@ from kms.host.entropy import random_key
 from kms.host.private import make_private_directory, open_private
 from kms.keystore import document, legacy
 from kms.keystore.document import KdfHeader, RootKeys
-from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEYSTORE_BYTES
+from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEPT_KEYSTORES, MAX_KEYSTORE_BYTES
 
 KeyFactory = Callable[[], Secret]
 
@@ -60,7 +61,7 @@ class KeystoreLock:
         try:
             os.ftruncate(self._descriptor, 0)
             os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
-            for written in (keystore, _kept_path(keystore)):
+            for written in (keystore, *_kept_paths(keystore)):
                 durable.remove_stale_temp_files(written)
         except OSError as error:
             os.close(self._descriptor)
@@ -89,7 +90,7 @@ class Keystore:
         replaces: bytes | None = None,
         new_key: KeyFactory = random_key,
     ) -> None:
-        """`replaces` is a format 2 file that is kept, once, before the first save puts another in its place."""
+        """`replaces` is a format 2 file that is kept, whole, before the first save puts another in its place."""
         self.path = path
         self._header = header
         self._keys = keys
@@ -122,22 +123,45 @@ class Keystore:
         self._replaces = None
 
     def _keep_replaced(self, raw: bytes) -> None:
-        kept = _kept_path(self.path)
-        if not os.path.lexists(kept):
-            try:
-                durable.write_file(kept, raw)
-            except durable.RenameError as error:
-                # The keystore itself is untouched, so this is a failure whose outcome is known.
-                raise OSError(error.errno, error.strerror) from error
+        for kept in _kept_paths(self.path):
+            if not os.path.lexists(kept):
+                break
+            if _holds(kept, raw):
+                # Kept by a save that went no further, perhaps not even as far as making this name durable.
+                durable.sync_names(kept.parent)
+                return
+        else:
+            raise SaveFailedError(
+                f"cannot keep the format 2 file of {self.path}: {kept} and those before it hold others; move them away"
+            )
+        try:
+            durable.write_file(kept, raw)
+        except durable.RenameError as error:
+            # The keystore itself is untouched, so this is a failure whose outcome is known.
+            raise OSError(error.errno, error.strerror) from error
 
     def wipe(self) -> None:
         """Wipe the sub-keys of the root key. The keystore cannot be used afterwards."""
         self._keys.wipe()
 
 
-def _kept_path(keystore: Path) -> Path:
-    """Where a format 2 file is kept when it is migrated."""
-    return keystore.with_name(keystore.name + ".v2")
+def _kept_paths(keystore: Path) -> Iterator[Path]:
+    """Where a format 2 file is kept when it is migrated: under the first of these names that no other file has.
+
+    A kept file may be of another keystore, when a backup was put in this one's place. It is somebody's only copy, so it
+    is never replaced, and it is no reason to refuse a rotation until a person comes to move it.
+    """
+    yield keystore.with_name(f"{keystore.name}.v2")
+    for number in range(1, MAX_KEPT_KEYSTORES):
+        yield keystore.with_name(f"{keystore.name}.v2.{number}")
+
+
+def _holds(path: Path, raw: bytes) -> bool:
+    try:
+        return read(path) == raw
+    except KmsError:
+        # What cannot be read as a keystore is not this one.
+        return False
 
 
 def initialise(
