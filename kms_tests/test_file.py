@@ -299,6 +299,26 @@ def test_a_keystore_of_a_format_to_come_is_refused(made: Path) -> None:
         _load(made)
 
 
+def test_what_is_loaded_was_made_durable_before_it_was_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+    real_read = file.read
+
+    def read(path: Path) -> bytes:
+        steps.append("read")
+        return real_read(path)
+
+    monkeypatch.setattr(durable, "sync_names", lambda path: steps.append(f"sync {path.name}"))
+    monkeypatch.setattr(file, "read", read)
+    _load(made)
+    assert steps == [f"sync {made.parent.name}", "read"]
+
+
+def test_a_keystore_that_cannot_be_made_durable_is_not_used(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(durable, "sync_names", _fail)
+    with pytest.raises(FileAccessError, match=r"cannot make .* durable: No space left on device; check the disk"):
+        _load(made)
+
+
 # save
 
 

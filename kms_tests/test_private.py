@@ -76,7 +76,7 @@ def test_a_directory_whose_name_cannot_be_made_durable_is_refused(tmp_path: Path
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(FileAccessError, match="cannot make the directory .*: Input/output error"):
+    with pytest.raises(FileAccessError, match=r"cannot make the directory .*: Input/output error"):
         make_private_directory(tmp_path / "a")
 
 

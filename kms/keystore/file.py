@@ -41,7 +41,7 @@ class KeystoreLock:
     """
 
     def __init__(self, keystore: Path) -> None:
-        """Raises `KeystoreLockedError` with the holder's pid, `FileAccessError`, or what `make_private_directory` raises."""
+        """Raises `KeystoreLockedError` with the holder's pid, `FileAccessError`, or `SecretFileError`."""
         self.keystore: Final = keystore
         make_private_directory(keystore.parent)
         path = keystore.with_name(keystore.name + ".lock")
@@ -187,9 +187,16 @@ def initialise(
 def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random_key) -> tuple[Keystore, Keyring]:
     """Unlock the keystore; format 2 is migrated in memory and on disk at its first save.
 
-    Raises `InputMissingError`, `SecretFileError` for a file that is not private, `WrongPassphraseError`, or
-    `KeystoreError` when it was altered. Whatever it raises, the file was not touched.
+    Its name is made durable first. A save that was killed between its rename and the fsync of the directory has left a
+    keystore that a power cut could still take back, and with it the key of whatever is encrypted from now on.
+
+    Raises `InputMissingError`, `SecretFileError` for a file that is not private, `WrongPassphraseError`,
+    `KeystoreError` when it was altered, or `FileAccessError`. Whatever it raises, the file was not touched.
     """
+    try:
+        durable.sync_names(lock.keystore.parent)
+    except OSError as error:
+        raise FileAccessError(f"cannot make {lock.keystore} durable: {error.strerror}; check the disk") from error
     raw = read(lock.keystore)
     with contextlib.ExitStack() as unless_opened:
         if document.format_version(raw) == legacy.FORMAT:
