@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,11 +210,9 @@ def read_bounded(path: Path | None, limit: int, remedy: str) -> bytes:
 
 def write_whole(path: Path, data: bytes) -> None:
     """`data` durably at `path`, mode 0600; through a symbolic link, but never over a device or a pipe."""
-    from kms.host.durable import write_file
+    from kms.host.durable import replaceable, write_file
 
     try:
-        if path.exists() and not stat.S_ISREG(path.stat().st_mode):
-            raise InputError(f"{path} is not a regular file; name another, or use - for standard output")
-        write_file(Path(os.path.realpath(path)), data)
+        write_file(replaceable(path), data)
     except OSError as error:
         raise FileAccessError(f"cannot write {path}: {error.strerror}") from error

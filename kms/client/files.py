@@ -13,7 +13,6 @@ import base64
 import binascii
 import contextlib
 import errno
-import os
 import stat
 import sys
 import tempfile
@@ -27,7 +26,7 @@ from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
 from kms.host import streams
-from kms.host.durable import DurableFile, RenameError
+from kms.host.durable import DurableFile, RenameError, replaceable
 from kms.limits import FILE_CHUNK_BYTES, GCM_TAG_BYTES, KEY_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
 
 Source = Path | BinaryIO | None
@@ -231,30 +230,12 @@ def _opened_target(target: Target) -> Iterator[_Writer]:
     if target is None:
         yield _StreamWriter(sys.stdout.buffer, "standard output")
     elif isinstance(target, Path):
-        path = _checked_target(target)
         with _translated(f"cannot write {target}"):
-            file = DurableFile(path)
+            file = DurableFile(replaceable(target))
         with file:
             yield _FileWriter(file, target)
     else:
         yield _StreamWriter(target, "the output")
-
-
-def _checked_target(target: Path) -> Path:
-    """The file that `target` names, behind any symbolic links, so that they stay.
-
-    A rename would put a regular file in the place of a device or a pipe, hence only a regular file may be replaced.
-    """
-    with _translated(f"cannot write {target}"):
-        try:
-            # The path as given: behind /dev/stdout is a pipe that has no other name.
-            state = target.stat()
-        except FileNotFoundError:
-            pass
-        else:
-            if not stat.S_ISREG(state.st_mode):
-                raise InputError(f"{target} is not a regular file; name another, or use - for standard output")
-    return Path(os.path.realpath(target))
 
 
 def _read_wrapped_key(reader: _Reader, start: bytes | None = None) -> bytes:

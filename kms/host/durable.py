@@ -13,9 +13,12 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import stat
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
+
+from kms.errors import InputError
 
 TEMP_MARK: Final = ".tmp-"
 
@@ -69,6 +72,23 @@ class DurableFile:
         if not self._committed:
             with contextlib.suppress(OSError):
                 self._temp.unlink()
+
+
+def replaceable(path: Path) -> Path:
+    """The file to write when `path` is named as an output: behind any symbolic links, so that they stay.
+
+    A rename would put a regular file in the place of a device or a pipe, hence `InputError` for what is neither a
+    regular file nor absent; `OSError` when it cannot be looked at.
+    """
+    try:
+        # The path as given: behind /dev/stdout is a pipe that has no other name.
+        state = path.stat()
+    except FileNotFoundError:
+        pass
+    else:
+        if not stat.S_ISREG(state.st_mode):
+            raise InputError(f"{path} is not a regular file; name another, or use - for standard output")
+    return Path(os.path.realpath(path))
 
 
 def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
