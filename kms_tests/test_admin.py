@@ -204,6 +204,46 @@ def test_init_takes_its_tokens_back_when_the_save_fails(
     assert (home / "api.token").exists() is kept
 
 
+def test_init_shows_no_token_before_it_is_whole_and_durable(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    real_fsync = os.fsync
+    synced: list[str] = []
+
+    def fsync(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        real_fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    assert main(["init"]) == 0
+    assert [name.rpartition("-")[0] for name in synced if "token" in name] == [".api.token.tmp", ".admin.token.tmp"]
+
+
+def test_init_removes_what_a_killed_init_has_left(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    home.mkdir(mode=0o700)
+    (home / ".api.token.tmp-0011").write_text("half a tok")
+    assert main(["init"]) == 0
+    assert not list(home.glob(".*"))
+
+
+def test_init_touches_no_token_that_came_while_it_waited_for_the_passphrase(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    real_obtain = prompt.obtain
+
+    def obtain(*arguments: Any, **keywords: Any) -> Secret:
+        home.mkdir(mode=0o700)
+        (home / "admin.token").write_text("of another init")
+        return real_obtain(*arguments, **keywords)
+
+    monkeypatch.setattr(prompt, "obtain", obtain)
+    assert main(["init"]) == 64
+    assert "admin.token exists already" in capsys.readouterr().err
+    assert (home / "admin.token").read_text() == "of another init"
+    assert not (home / "api.token").exists()
+
+
 def test_init_reports_a_token_that_cannot_be_written(
     data: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -202,6 +202,9 @@ def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
     with KeystoreLock(keystore) as lock:
         try:
             for path in tokens:
+                # Looked at again under the lock: another init may just have finished.
+                if os.path.lexists(path):
+                    raise ConfigError(f"{path} exists already and nothing was changed; move it away")
                 _write_token(path, made)
             store, _ = initialise(lock, passphrase, now=int(time.time()), parameters=KdfParameters())
             store.wipe()
@@ -215,23 +218,25 @@ def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
 
 
 def _write_token(path: Path, made: list[Path]) -> None:
-    """A fresh token, durably, in a new file of mode 0600 at `path`, which joins `made` once it exists."""
+    """A fresh token, durably, in a new file of mode 0600 at `path`, which joins `made` once it may exist.
+
+    Whole or not at all: of one that a power cut has cut short, the rest could be guessed.
+    """
     from kms.core.secret import Secret
-    from kms.host.durable import sync_names
+    from kms.host.durable import DurableFile, remove_stale_temp_files
     from kms.host.entropy import random_secret
     from kms.host.private import make_private_directory
 
     if not path.parent.exists():
         make_private_directory(path.parent)
     try:
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-        made.append(path)
-        with random_secret(_TOKEN_CHARACTERS) as random, random.view() as octets, os.fdopen(descriptor, "wb", 0) as file:
+        remove_stale_temp_files(path)
+        with random_secret(_TOKEN_CHARACTERS) as random, random.view() as octets, DurableFile(path) as file:
             with Secret(bytearray(_ALPHABET[octet % len(_ALPHABET)] for octet in octets)) as token, token.view() as view:
                 file.write(view)
             file.write(b"\n")
-            os.fsync(file.fileno())
-        sync_names(path.parent)
+            made.append(path)
+            file.commit()
     except OSError as error:
         raise FileAccessError(f"cannot make {path}: {error.strerror}; nothing was kept") from error
 
