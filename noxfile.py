@@ -177,3 +177,10 @@ Paste these into a second terminal, in this directory. Ctrl-C here stops the ser
 {tcp_client} decrypt-file --in .dev/README.mke --out .dev/README.back
 {admin} list-keys
 """
+
+
+@nox.session
+def faults(session: nox.Session) -> None:
+    """Faults at every step of a save, and every state a power cut may leave; needs strace, and root to attach it."""
+    install(session, "test")
+    session.run("pytest", "kms_tests/faults", *session.posargs)

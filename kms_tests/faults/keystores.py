@@ -1,0 +1,86 @@
+"""Small keystores to break, what is done to them, and the two states that are right afterwards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from kms.core.keyring import Command, DisableVersion, Keyring, RotateGroup, apply
+from kms.core.secret import Secret
+from kms.keystore import file
+from kms.keystore.file import KeystoreLock
+from kms_tests import format2
+from kms_tests.faults.program import TINY
+from kms_tests.integration.processes import PASSPHRASE
+
+NEW_PASSPHRASE: Final = "a new one"
+Table = dict[str, dict[int, str]]
+"""Each group's versions and their states."""
+
+
+@dataclass(frozen=True)
+class Mutation:
+    """A request that saves, and what it makes of `BEFORE`. `migrates`: the keystore is of format 2 before."""
+
+    request: Mapping[str, Any]
+    changed: Table
+    migrates: bool = False
+
+    @property
+    def after(self) -> Table:
+        return {**BEFORE, **self.changed}
+
+
+BEFORE: Final[Table] = {"default": {1: "ENABLED", 2: "DISABLED", 3: "ENABLED", 4: "ACTIVE"}}
+_ROTATED: Final[Table] = {"default": {1: "ENABLED", 2: "DISABLED", 3: "ENABLED", 4: "ENABLED", 5: "ACTIVE"}}
+
+
+def _on_default(kind: str, **more: int) -> dict[str, Any]:
+    return {"type": kind, "keyId": "default", **more}
+
+
+MUTATIONS: Final = {
+    "create": Mutation({"type": "CreateKeyGroup", "keyId": "billing"}, {"billing": {1: "ACTIVE"}}),
+    "rotate": Mutation(_on_default("RotateKeyGroup"), _ROTATED),
+    "disable": Mutation(_on_default("DisableVersion", version=1), {"default": {**BEFORE["default"], 1: "DISABLED"}}),
+    "enable": Mutation(_on_default("EnableVersion", version=2), {"default": {**BEFORE["default"], 2: "ENABLED"}}),
+    "destroy": Mutation(_on_default("DestroyVersion", version=3), {"default": {**BEFORE["default"], 3: "DESTROYED"}}),
+    "migrate": Mutation(_on_default("RotateKeyGroup"), _ROTATED, migrates=True),
+}
+
+
+def secret(passphrase: str = PASSPHRASE) -> Secret:
+    return Secret(bytearray(passphrase.encode()))
+
+
+def make(keystore: Path, *, format_2: bool = False) -> None:
+    """A keystore with the groups `BEFORE`, in a directory that is there, in the place of any that is there."""
+    keystore.unlink(missing_ok=True)
+    if format_2:
+        versions = [format2.Version(number, status) for number, status in BEFORE["default"].items()]
+        keystore.touch(mode=0o600)
+        keystore.write_bytes(format2.write([format2.Group("default", 4, versions)], PASSPHRASE))
+        return
+    with KeystoreLock(keystore) as lock:
+        store, keyring = file.initialise(lock, secret(), now=1, parameters=TINY)
+        commands: list[Command] = [RotateGroup("default")] * 3
+        for command in [*commands, DisableVersion("default", 2)]:
+            keyring = apply(keyring, command, now=1, mint=store.mint)
+        store.save(keyring)
+
+
+def load(keystore: Path, passphrase: str = PASSPHRASE) -> Keyring:
+    """What a program finds there that starts now."""
+    with KeystoreLock(keystore) as lock:
+        store, keyring = file.load(lock, secret(passphrase))
+    store.wipe()
+    return keyring
+
+
+def table(keyring: Keyring) -> Table:
+    return {
+        name: {number: version.status.value for number, version in group.versions.items()}
+        for name, group in keyring.groups.items()
+    }
