@@ -103,6 +103,21 @@ def test_a_lock_file_that_names_nobody_is_said_to_be_of_an_unknown_process(path:
             KeystoreLock(path)
 
 
+def test_a_failure_to_close_the_lock_is_no_failure_of_what_was_done_under_it(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_close = os.close
+
+    def close(descriptor: int) -> None:
+        real_close(descriptor)
+        raise OSError(5, "Input/output error")
+
+    with KeystoreLock(path):
+        monkeypatch.setattr(os, "close", close)
+    monkeypatch.undo()
+    KeystoreLock(path).close()
+
+
 def test_a_lock_that_was_released_can_be_taken_again(path: Path) -> None:
     KeystoreLock(path).close()
     KeystoreLock(path).close()

@@ -68,7 +68,9 @@ class KeystoreLock:
             raise FileAccessError(f"cannot write to the directory {keystore.parent}: {error.strerror}") from error
 
     def close(self) -> None:
-        os.close(self._descriptor)
+        # It is released all the same, and must not make a failure of what was done under it.
+        with contextlib.suppress(OSError):
+            os.close(self._descriptor)
 
     def __enter__(self) -> Self:
         return self
