@@ -119,6 +119,8 @@ def _record_server(machine: Machine, request: dict[str, object]) -> list[Call]:
         wire.ask(type="Health", token=machine.api_token)
         with strace.attached(server.pid, log):
             assert wire.ask(token=machine.admin_token, **request)["status"] == "ok"
+            # The answer may be here before strace has noted it; the next one is not.
+            wire.ask(type="Health", token=machine.api_token)
     return strace.read(log)
 
 
