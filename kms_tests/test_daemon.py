@@ -183,6 +183,21 @@ def test_it_says_when_memory_is_not_locked(server: Server, monkeypatch: pytest.M
     assert any("RLIMIT_MEMLOCK" in line for line in server.said)
 
 
+def test_it_says_when_memory_is_locked(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hardening, "lock_memory", lambda: True)
+    server.run()
+    assert "memory is locked: no key is written to swap" in server.said
+
+
+def test_while_it_serves_it_holds_neither_passphrase_nor_tokens(server: Server) -> None:
+    def look() -> None:
+        for secret in server.secrets:
+            with secret.view() as view:
+                assert not any(view)
+
+    server.run(look)
+
+
 @pytest.mark.parametrize("abstract", [False, True])
 def test_the_service_manager_is_told_READY_and_STOPPING(
     server: Server, monkeypatch: pytest.MonkeyPatch, abstract: bool

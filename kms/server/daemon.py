@@ -63,7 +63,12 @@ async def _main(
 ) -> int:
     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, passphrase, api_token, admin_token:
         authenticator = Authenticator(api_token, admin_token)
-        if not hardening.lock_memory():
+        # It knows them by their digests from here on.
+        api_token.wipe()
+        admin_token.wipe()
+        if hardening.lock_memory():
+            say("memory is locked: no key is written to swap")
+        else:
             say("memory is not locked (raise RLIMIT_MEMLOCK to keep keys out of swap)")
         lock = KeystoreLock(config.keystore)
         with lock:
