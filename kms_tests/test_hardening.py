@@ -108,3 +108,18 @@ def test_a_variable_that_was_taken_cannot_be_read_from_proc() -> None:
         "print(bytes(taken).decode(), b'hunter2' in open('/proc/self/environ', 'rb').read())"
     )
     assert _run(script, MINIKMS_TEST="hunter2") == "hunter2 False"
+
+
+@on_linux
+def test_the_interpreters_copy_of_a_variable_that_was_taken_is_overwritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIKMS_TEST", "hunter2")
+    copy = os.environb[b"MINIKMS_TEST"]
+    hardening.take_environment("MINIKMS_TEST")
+    assert copy == bytes(7)
+
+
+@on_linux
+def test_a_variable_of_one_byte_does_not_take_that_byte_from_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIKMS_TEST", "x")
+    assert hardening.take_environment("MINIKMS_TEST") == bytearray(b"x")
+    assert ord(bytes([120])) == 120

@@ -42,19 +42,32 @@ def lock_memory() -> bool:
 def take_environment(name: str) -> bytearray | None:
     """The value of an environment variable in a buffer of its own, removed from the environment and overwritten there.
 
-    Overwritten, since unsetting alone leaves the value readable in /proc/PID/environ. The interpreter's own copy in
-    `os.environ` is dropped but, being immutable, not wiped: a file or a prompt is the better way to hand over a secret.
+    Overwritten, since unsetting alone leaves the value readable in /proc/PID/environ. So is the interpreter's own copy,
+    which `os.environ` made at its start: it is about to be dropped, and its memory would keep the secret until it is used
+    again. A copy that somebody made through `os.environ` since is out of reach.
     """
     value = os.environb.get(name.encode())
     if value is None:
         return None
+    taken = bytearray(value)
     getenv = _libc().getenv
     getenv.restype = ctypes.c_void_p
     address = getenv(name.encode())
     if address:
         ctypes.memset(address, 0, len(value))
     del os.environ[name]
-    return bytearray(value)
+    # The interpreter shares bytes objects of length 0 and 1 among all who use them.
+    if len(value) > 1:
+        ctypes.memset(_contents(value), 0, len(value))
+    return taken
+
+
+def _contents(value: bytes) -> int:
+    """The address of the bytes themselves (PyBytes_AsString)."""
+    address = ctypes.pythonapi.PyBytes_AsString
+    address.restype = ctypes.c_void_p
+    address.argtypes = [ctypes.py_object]
+    return int(address(value))
 
 
 def _may_exceed_limits() -> bool:
