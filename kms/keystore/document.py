@@ -118,7 +118,7 @@ class RootKeys:
     def mac(self, message: bytes) -> bytes:
         """HMAC-SHA256, 32 bytes."""
         with self._mac.view() as key:
-            return hmac.digest(bytes(key), message, "sha256")
+            return hmac.digest(key, message, "sha256")
 
     def wipe(self) -> None:
         self._mac.wipe()

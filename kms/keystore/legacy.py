@@ -110,7 +110,7 @@ class Sealed:
 
 def _mac(root: Secret, document: _Document) -> bytes:
     with root.view() as view:
-        mac_key = hmac.digest(bytes(view), _MAC_LABEL, "sha256")
+        mac_key = hmac.digest(view, _MAC_LABEL, "sha256")
     return hmac.digest(mac_key, _mac_message(document), "sha256")
 
 
