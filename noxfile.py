@@ -184,3 +184,10 @@ def faults(session: nox.Session) -> None:
     """Faults at every step of a save, and every state a power cut may leave; needs strace, and root to attach it."""
     install(session, "test")
     session.run("pytest", "kms_tests/faults", *session.posargs)
+
+
+@nox.session(name="secrets")
+def secrets_session(session: nox.Session) -> None:
+    """Where secrets could leak: memory, logs, files for an instant, timing; and the systemd unit. Needs root."""
+    install(session, "test")
+    session.run("pytest", "kms_tests/secrets", *session.posargs)
