@@ -35,6 +35,15 @@ def test_a_directory_is_made_with_mode_0700(tmp_path: Path) -> None:
     assert _mode(tmp_path / "a" / "b") == 0o700
 
 
+def test_missing_parents_are_made_with_mode_0700_whatever_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        make_private_directory(tmp_path / "a" / "b" / "c")
+    finally:
+        os.umask(before)
+    assert _mode(tmp_path / "a") == _mode(tmp_path / "a" / "b") == 0o700
+
+
 def test_a_directory_is_made_private_whatever_the_umask(tmp_path: Path) -> None:
     before = os.umask(0)
     try:

@@ -23,13 +23,14 @@ _CR: Final = 0x0D
 
 
 def make_private_directory(path: Path) -> None:
-    """Make `path` (and its parents) with mode 0700, or check that what is there is ours and private.
+    """Make `path` (and its missing parents) with mode 0700, or check that what is there is ours and private.
 
-    Its name is durable when this returns: what is saved in a directory whose own name a power cut takes is lost too.
+    The parents too, whatever the umask: whoever may write to one could put another directory in the place of ours.
+    Their names are durable when this returns: what is saved in a directory whose own name a power cut takes is lost too.
     Raises `SecretFileError` when another user owns it or may enter it.
     """
     try:
-        if not _make_directory(path, 0o700):
+        if not _make_directory(path):
             # Whoever made it may have been killed before its name was durable. A parent that this user may not read is
             # not one that it made a directory in.
             with contextlib.suppress(PermissionError):
@@ -42,13 +43,13 @@ def make_private_directory(path: Path) -> None:
         raise SecretFileError(f"other users may enter the directory {path}; run: chmod 700 {path}")
 
 
-def _make_directory(path: Path, mode: int) -> bool:
-    """Make `path` durably, and its parents with the default mode; whether it was not there before."""
+def _make_directory(path: Path) -> bool:
+    """Make `path` and its missing parents, durably; whether it was not there before."""
     if path.is_dir():
         return False
-    _make_directory(path.parent, 0o777)
+    _make_directory(path.parent)
     try:
-        path.mkdir(mode)
+        path.mkdir(0o700)
     except FileExistsError:
         if not path.is_dir():
             raise
