@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hmac
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -115,6 +116,19 @@ def test_ciphertexts_made_elsewhere_under_its_keks_decrypt(path: Path, groups: l
 def test_what_is_destroyed_has_no_key(path: Path) -> None:
     tombstone = _load(path).groups["billing"].versions[1]
     assert (tombstone.key, tombstone.wrapped) == (None, None)
+
+
+def test_the_root_key_is_not_copied_to_verify_the_MAC(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys: list[object] = []
+    digest = hmac.digest
+
+    def watched(key: Any, message: bytes, name: str) -> bytes:
+        keys.append(key)
+        return digest(key, message, name)
+
+    monkeypatch.setattr(hmac, "digest", watched)
+    _load(path)
+    assert isinstance(keys[0], memoryview), "a `bytes` cannot be wiped"
 
 
 def test_loading_writes_nothing(path: Path) -> None:

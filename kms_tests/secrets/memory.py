@@ -56,10 +56,14 @@ def true_keys(keystore: Path, passphrase: str) -> dict[str, bytes]:
 
 
 def pieces(secret: bytes) -> list[bytes]:
-    """Overlapping pieces of `secret`: wherever 23 of its bytes in a row survive, there is one of them."""
+    """Pieces of `secret` that overlap, or of a long one stand further apart; its last bytes are always among them.
+
+    Wherever 23 bytes in a row survive, or `len(secret) // 40 + 15` if that is more, there is one of them.
+    """
     assert len(secret) >= PIECE, "a secret this short would be found by chance"
     last = len(secret) - PIECE
-    return [secret[start : start + PIECE] for start in sorted({*range(0, last + 1, _STEP), last})]
+    step = max(_STEP, len(secret) // 40)
+    return [secret[start : start + PIECE] for start in sorted({*range(0, last + 1, step), last})]
 
 
 def copies(pid: int, secrets: Mapping[str, bytes], *, dead_frames: bool = True) -> dict[str, int]:

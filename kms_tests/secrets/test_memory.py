@@ -5,6 +5,7 @@
 - A live KEK: at most three copies, those of one OpenSSL context. A destroyed one: none, at once.
 - After the wipe at the end of the server: no key at all.
 - A token: nothing, until a request shows it.
+- All of it is locked, out of reach of swap, where the limit allows; and the log says whether it is.
 
 A token is compared by its digest and not kept, but each request that shows one leaves it in freed memory until that is
 used again, since CPython's `str` cannot be wiped. How often is not promised, and not tested.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import base64
 import os
 import pty
+import re
 import secrets
 import select
 import signal
@@ -60,6 +62,13 @@ sys.exit(main())
 DOES_NOT_WIPE = """
 from kms.server import daemon
 daemon._wipe = lambda keyring, keystore: globals().update(kept=(keyring, keystore))
+"""
+
+MAY_NOT_LOCK = """
+import ctypes, resource
+PR_CAPBSET_DROP, CAP_IPC_LOCK = 24, 14
+assert ctypes.CDLL(None).prctl(PR_CAPBSET_DROP, CAP_IPC_LOCK, 0, 0, 0) == 0
+resource.setrlimit(resource.RLIMIT_MEMLOCK, (65536, 65536))
 """
 
 
@@ -254,3 +263,19 @@ def test_a_server_that_was_not_asked_yet_holds_no_token(machine: Machine, source
     server = machine.start(environment=tokens if source == "environment" else None)
     found = copies(server.pid, {name: token.encode() for name, token in tokens.items()})
     assert not any(found.values()), found
+
+
+def locked_kib(server: Server) -> int:
+    status = Path(f"/proc/{server.pid}/status").read_text(encoding="ascii")
+    return int(re.findall(r"^VmLck:\s+(\d+) kB", status, re.MULTILINE)[0])
+
+
+def test_memory_is_locked_and_the_log_says_so(server: Server) -> None:
+    assert "memory is locked" in server.stderr, "these tests need CAP_IPC_LOCK or an unlimited RLIMIT_MEMLOCK"
+    assert locked_kib(server) > 1000
+
+
+def test_where_memory_may_not_be_locked_the_log_says_that(machine: Machine) -> None:
+    server = machine.start(prologue=MAY_NOT_LOCK)
+    assert "memory is not locked" in server.stderr
+    assert locked_kib(server) == 0

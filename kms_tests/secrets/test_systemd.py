@@ -256,6 +256,22 @@ def test_the_server_works_as_the_unit_runs_it(machine: Machine, unit_file: Path)
     assert calls - allowed_calls(settings()["SystemCallFilter"]) == set()
 
 
+def test_init_and_changing_the_passphrase_take_theirs_from_credentials(bare: Machine) -> None:
+    credentials = bare.root / "credentials"
+    credentials.mkdir(mode=0o700)
+    for name, word in (("passphrase", "the first of the two"), ("new", "the second of the two")):
+        (credentials / name).write_text(word, encoding="ascii")
+        (credentials / name).chmod(0o400)
+    bare.environment["CREDENTIALS_DIRECTORY"] = str(credentials)
+    del bare.environment["MINIKMS_PASSPHRASE"]
+    for arguments in (["init"], ["change-passphrase", "--new-passphrase-file", str(credentials / "new")]):
+        outcome = bare.admin(*arguments)
+        assert outcome.status == 0, outcome.stderr
+    assert bare.refused_start().status == errors.EXIT_WRONG_PASSPHRASE
+    (credentials / "new").rename(credentials / "passphrase")
+    assert bare.start().stop() == 0
+
+
 def test_the_server_never_has_memory_that_can_be_written_and_run(machine: Machine) -> None:
     """What MemoryDenyWriteExecute refuses."""
     service = Service(machine)
