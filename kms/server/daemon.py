@@ -40,6 +40,9 @@ from kms.server.middleware import Authenticator, Peer, RequestPipeline, log_bug
 log: Final = logging.getLogger(__name__)
 Say = Callable[[str], None]
 
+MEMORY_LOCKED: Final = "memory is locked: no key is written to swap"
+MEMORY_NOT_LOCKED: Final = "memory is not locked (raise RLIMIT_MEMLOCK to keep keys out of swap)"
+
 
 def run(
     config: ServerConfig,
@@ -66,17 +69,14 @@ async def _main(
         # It knows them by their digests from here on.
         api_token.wipe()
         admin_token.wipe()
-        if hardening.lock_memory():
-            say("memory is locked: no key is written to swap")
-        else:
-            say("memory is not locked (raise RLIMIT_MEMLOCK to keep keys out of swap)")
+        memory = MEMORY_LOCKED if hardening.lock_memory() else MEMORY_NOT_LOCKED
         lock = KeystoreLock(config.keystore)
         with lock:
             keystore, keyring = await trio.to_thread.run_sync(_unlock, lock, passphrase, parameters, say)
             passphrase.wipe()
             actor = KeyringActor(keyring, keystore, clock=lambda: int(time.time()))
             try:
-                return await _serve(config, actor, authenticator, signals, say)
+                return await _serve(config, actor, authenticator, signals, say, memory)
             finally:
                 _wipe(actor.current, keystore)
 
@@ -95,7 +95,12 @@ def _wipe(keyring: Keyring, keystore: Keystore) -> None:
 
 
 async def _serve(
-    config: ServerConfig, actor: KeyringActor, authenticator: Authenticator, signals: AsyncIterator[int], say: Say
+    config: ServerConfig,
+    actor: KeyringActor,
+    authenticator: Authenticator,
+    signals: AsyncIterator[int],
+    say: Say,
+    memory: str,
 ) -> int:
     provider = LocalMasterKeyProvider(lambda: actor.current)
     # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
@@ -116,6 +121,8 @@ async def _serve(
                                 accepting.start_soon(_accept, crowd, listener, transport, connections)
                             # What start-up made lives for good; the collector need not walk it again.
                             gc.freeze()
+                            # Not before: a server that is refused says one line, why.
+                            say(memory)
                             say(f"ready on {' and '.join(addresses)} (pid {os.getpid()})")
                             notify("READY=1")
                             say(f"stopping on {signal.Signals(await anext(signals)).name}")
