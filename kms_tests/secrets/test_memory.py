@@ -255,6 +255,24 @@ def test_changing_the_passphrase_leaves_nothing_of_either(machine: Machine) -> N
     assert not any(found.values()), found
 
 
+@pytest.mark.parametrize("passphrase", [28], indirect=True)
+def test_init_leaves_nothing_of_what_was_typed_or_made(bare: Machine, passphrase: str) -> None:
+    master, terminal = pty.openpty()
+    launcher = Launcher(bare, stopping_at_its_end("admin"))
+    try:
+        with launcher.start("init", environment={"MINIKMS_PASSPHRASE": None}, terminal=terminal) as process:
+            typed(master, passphrase, passphrase)
+            wait_until_stopped(process)
+            sought = {"passphrase": passphrase.encode(), **true_keys(bare.keystore, passphrase)}
+            sought |= {"API token": bare.api_token.encode(), "admin token": bare.admin_token.encode()}
+            found = copies(process.pid, sought, dead_frames=False)
+            assert end(process) == 0
+    finally:
+        os.close(master)
+        os.close(terminal)
+    assert not any(found.values()), found
+
+
 @pytest.mark.parametrize("source", ["file", "environment"])
 def test_a_server_that_was_not_asked_yet_holds_no_token(machine: Machine, source: str) -> None:
     tokens = {"MINIKMS_API_TOKEN": secrets.token_urlsafe(32), "MINIKMS_ADMIN_TOKEN": secrets.token_urlsafe(32)}
