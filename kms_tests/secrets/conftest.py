@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shutil
 import sys
@@ -16,4 +15,3 @@ def _needs() -> None:
     assert os.geteuid() == 0, "these tests read the memory of a process that forbids it, and need root"
     missing = [tool for tool in ("strace", "systemd-analyze") if shutil.which(tool) is None]
     assert not missing, f"not installed here: {', '.join(missing)} (apt-get install strace systemd)"
-    assert hasattr(ctypes.CDLL(None), "inotify_init1"), "the C library has no inotify"
