@@ -98,7 +98,11 @@ def test_it_serves_until_a_signal_and_leaves_nothing_behind(server: Server, numb
         assert server.ask("RotateKeyGroup", "admin", keyId="default")["status"] == "ok"
 
     assert server.run(client, stop=number) == EXIT_OK
-    assert sorted(path.name for path in server.directory.iterdir()) == ["keystore.json", "keystore.json.lock"]
+    assert sorted(path.name for path in server.directory.iterdir()) == [
+        "keystore.json",
+        "keystore.json.lock",
+        "kms.sock.lock",
+    ]
     assert all(not any(secret.view()) for secret in server.secrets), "passphrase and tokens are wiped"
 
 

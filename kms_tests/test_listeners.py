@@ -58,17 +58,78 @@ async def test_the_socket_is_0600_from_the_instant_it_exists(path: Path, monkeyp
         os.umask(before)
 
 
+def leave_stale(path: Path) -> None:
+    """What a server that was killed leaves: a socket file that nobody listens on, and nobody's lock."""
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as dead:
+        dead.bind(str(path))
+
+
 async def test_a_stale_file_of_a_dead_server_is_removed(path: Path) -> None:
-    UnixListener(path).listener.socket.close()
-    assert path.exists()
+    leave_stale(path)
     unix = UnixListener(path)
-    unix.listener.socket.close()
+    with unix.listener.socket, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+
+
+async def test_of_two_servers_that_find_one_stale_file_the_slower_does_not_remove_the_fasters(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    leave_stale(path)
+    unlink = Path.unlink
+    refusals: list[str] = []
+
+    def meanwhile(stale: Path) -> None:
+        # The faster has found the file stale; before it acts, another server starts.
+        monkeypatch.setattr(Path, "unlink", unlink)
+        with pytest.raises(ConfigError) as refused:
+            UnixListener(path)
+        refusals.append(str(refused.value))
+        stale.unlink()
+
+    monkeypatch.setattr(Path, "unlink", meanwhile)
+    unix = UnixListener(path)
+    with unix.listener.socket, socket.socket(socket.AF_UNIX) as client:
+        client.connect(str(path))
+    assert refusals == [f"another server, process {os.getpid()}, has {path}; stop it, or choose another --unix-socket"]
+
+
+async def test_a_server_that_ended_or_failed_to_start_leaves_its_place_to_the_next(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    path.write_text("in the way")
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="not a socket"):
+            UnixListener(path)
+    path.unlink()
+    for _ in range(2):
+        unix = UnixListener(path)
+        unix.listener.socket.close()
+        unix.remove()
+    assert stat.S_IMODE(path.with_name("kms.sock.lock").stat().st_mode) == 0o600
+
+
+async def test_a_lock_file_that_cannot_be_taken_is_an_error_with_its_reason(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    path.with_name("kms.sock.lock").symlink_to("elsewhere")
+    with pytest.raises(FileAccessError, match=r"cannot take the lock file .*kms\.sock\.lock"):
+        UnixListener(path)
 
 
 async def test_a_live_servers_socket_is_never_removed(path: Path) -> None:
     unix = UnixListener(path)
     with unix.listener.socket:
-        with pytest.raises(ConfigError, match="another server"):
+        with pytest.raises(ConfigError, match=f"another server, process {os.getpid()}, has"):
+            UnixListener(path)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(str(path))
+
+
+async def test_the_socket_of_a_server_that_holds_no_lock_is_never_removed_either(path: Path) -> None:
+    path.parent.mkdir(mode=0o700)
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        with pytest.raises(ConfigError, match="another server is listening"):
             UnixListener(path)
         with socket.socket(socket.AF_UNIX) as client:
             client.connect(str(path))
@@ -99,14 +160,15 @@ async def test_a_socket_that_cannot_be_made_is_an_error_with_its_reason(
         UnixListener(path)
 
 
-async def test_remove_takes_only_its_own_file_away(path: Path) -> None:
+@pytest.mark.parametrize("another", [False, True])
+async def test_remove_takes_only_its_own_file_away(path: Path, another: bool) -> None:
     unix = UnixListener(path)
     unix.listener.socket.close()
     path.unlink()
+    if another:
+        path.write_text("another's")
     unix.remove()
-    path.write_text("another's")
-    unix.remove()
-    assert path.exists()
+    assert path.exists() == another
 
 
 async def test_a_path_too_long_for_a_socket_is_refused_before_anything_is_made(tmp_path: Path) -> None:

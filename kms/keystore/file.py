@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +22,7 @@ from kms.errors import (
     SaveFailedError,
     SaveOutcomeUnknownError,
 )
-from kms.host import durable
+from kms.host import durable, locking
 from kms.host.entropy import random_key
 from kms.host.private import make_private_directory, open_private
 from kms.keystore import document, legacy
@@ -36,8 +35,7 @@ KeyFactory = Callable[[], Secret]
 class KeystoreLock:
     """An exclusive `flock` beside the keystore, held for as long as this is open.
 
-    The lock file is never unlinked: a process that waits on an unlinked one would come to hold a lock that nobody
-    else sees. Whoever holds the lock removes the temp files that killed writers left.
+    Whoever holds the lock removes the temp files that killed writers left.
     """
 
     def __init__(self, keystore: Path) -> None:
@@ -46,21 +44,14 @@ class KeystoreLock:
         make_private_directory(keystore.parent)
         path = keystore.with_name(keystore.name + ".lock")
         try:
-            self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+            self._descriptor = locking.hold(path)
+        except locking.LockHeldError as error:
+            raise KeystoreLockedError(
+                f"the keystore {keystore} is in use by process {error.holder}; stop it first"
+            ) from None
         except OSError as error:
-            raise FileAccessError(f"cannot open the lock file {path}: {error.strerror}") from error
+            raise FileAccessError(f"cannot take the lock file {path}: {error.strerror}") from error
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            with os.fdopen(self._descriptor, "rb", 0) as held:
-                holder = held.read(32).decode("ascii", "replace").strip() or "unknown"
-            raise KeystoreLockedError(f"the keystore {keystore} is in use by process {holder}; stop it first") from None
-        except OSError as error:
-            os.close(self._descriptor)
-            raise FileAccessError(f"cannot lock {path}: {error.strerror}; use a file system that has locks") from error
-        try:
-            os.ftruncate(self._descriptor, 0)
-            os.pwrite(self._descriptor, f"{os.getpid()}\n".encode("ascii"), 0)
             for written in (keystore, *_kept_paths(keystore)):
                 durable.remove_stale_temp_files(written)
         except OSError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -12,6 +13,7 @@ from typing import Final
 import trio
 
 from kms.errors import ConfigError, FileAccessError
+from kms.host import locking
 from kms.host.private import make_private_directory
 from kms.limits import ACCEPT_BACKLOG, DEFAULT_TCP_HOST
 
@@ -39,8 +41,15 @@ _SUN_PATH_BYTES: Final = 107
 """sockaddr_un holds 108 bytes on Linux, the last of them NUL."""
 
 
+_LOCK_SUFFIX: Final = ".lock"
+
+
 class UnixListener:
-    """A listening Unix socket of mode 0600 in a private directory, and its file, which `remove` takes away."""
+    """A listening Unix socket of mode 0600 in a private directory, and its file, which `remove` takes away.
+
+    The lock `PATH.lock` is held from before the file is looked at until it is removed: of two servers that start at once
+    and find the same stale file, the slower would otherwise remove what the faster has just bound.
+    """
 
     def __init__(self, path: Path) -> None:
         """Raises `ConfigError` when the path is too long or a live server's, `SecretFileError` for a directory not private.
@@ -51,18 +60,17 @@ class UnixListener:
             raise ConfigError(f"--unix-socket: a socket's path has at most {_SUN_PATH_BYTES} bytes; choose a shorter one")
         make_private_directory(path.parent)
         self._path = path
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            self._bind(sock)
-            sock.listen(ACCEPT_BACKLOG)
-            state = path.lstat()
-        except OSError as error:
-            sock.close()
-            raise FileAccessError(f"cannot make the socket {path}: {error.strerror}") from error
-        except BaseException:
-            sock.close()
-            raise
-        self._identity = _identity(state)
+        with contextlib.ExitStack() as unless_listening:
+            self._lock = _hold_lock(path)
+            unless_listening.callback(os.close, self._lock)
+            sock = unless_listening.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            try:
+                self._bind(sock)
+                sock.listen(ACCEPT_BACKLOG)
+                self._identity = _identity(path.lstat())
+            except OSError as error:
+                raise FileAccessError(f"cannot make the socket {path}: {error.strerror}") from error
+            unless_listening.pop_all()
         self.listener = trio.SocketListener(trio.socket.from_stdlib_socket(sock))
 
     def _bind(self, sock: socket.socket) -> None:
@@ -90,12 +98,23 @@ class UnixListener:
         raise ConfigError(f"another server is listening on {self._path}; stop it, or choose another --unix-socket")
 
     def remove(self) -> None:
-        """Remove the socket file, if it is still the one made here."""
-        try:
+        """Remove the socket file, if it is still the one made here, and let the next server have its place."""
+        with contextlib.suppress(OSError):
             if _identity(self._path.lstat()) == self._identity:
                 self._path.unlink()
-        except OSError:
-            return
+        os.close(self._lock)
+
+
+def _hold_lock(path: Path) -> int:
+    lock = Path(f"{path}{_LOCK_SUFFIX}")
+    try:
+        return locking.hold(lock)
+    except locking.LockHeldError as error:
+        raise ConfigError(
+            f"another server, process {error.holder}, has {path}; stop it, or choose another --unix-socket"
+        ) from None
+    except OSError as error:
+        raise FileAccessError(f"cannot take the lock file {lock}: {error.strerror}") from error
 
 
 def _identity(state: os.stat_result) -> tuple[int, int, int]:
