@@ -107,11 +107,31 @@ def test_a_directory_others_may_enter_is_refused_with_what_mends_it(data: Path, 
     assert _mode(data) == mode
 
 
+def _refusal(directory: Path) -> str:
+    with pytest.raises(SecretFileError) as refused:
+        make_private_directory(directory)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o1770, 0o777, 0o757])
+def test_nobody_is_told_to_close_a_directory_that_is_shared(data: Path, mode: int) -> None:
+    data.chmod(mode)
+    assert "choose one of your own" in _refusal(data)
+    assert "chmod" not in _refusal(data)
+
+
 def test_a_directory_of_another_user_is_refused(data: Path, foreign_uid: int) -> None:
     if os.getuid() == 0:
         os.chown(data, foreign_uid + 1, -1)
-    with pytest.raises(SecretFileError, match="belongs to another user"):
-        make_private_directory(data)
+    assert "belongs to another user; choose one of your own" in _refusal(data)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root makes a directory of root's")
+def test_nobody_is_told_to_close_a_directory_of_root(data: Path, foreign_uid: int) -> None:
+    assert foreign_uid != 0
+    data.chmod(0o755)
+    assert "choose one of your own" in _refusal(data)
+    assert "chmod" not in _refusal(data)
 
 
 def test_a_file_in_the_place_of_the_directory_is_refused(data: Path) -> None:

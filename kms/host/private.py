@@ -20,6 +20,7 @@ from kms.limits import MAX_SECRET_BYTES
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
 _LF: Final = 0x0A
 _CR: Final = 0x0D
+_OWN_DIRECTORY: Final = "choose one of your own, which is made when it is missing"
 
 
 def make_private_directory(path: Path) -> None:
@@ -38,9 +39,13 @@ def make_private_directory(path: Path) -> None:
         state = path.stat()
     except OSError as error:
         raise FileAccessError(f"cannot make the directory {path}: {error.strerror}") from error
-    _check_owner(path, state)
+    if state.st_uid not in (os.geteuid(), 0):
+        raise SecretFileError(f"the directory {path} belongs to another user; {_OWN_DIRECTORY}")
     if stat.S_IMODE(state.st_mode) & _OTHERS:
-        raise SecretFileError(f"other users may enter the directory {path}; run: chmod 700 {path}")
+        # Of /tmp and its like a chmod would take everybody's.
+        is_shared = state.st_uid != os.geteuid() or state.st_mode & (stat.S_ISVTX | stat.S_IWOTH)
+        remedy = _OWN_DIRECTORY if is_shared else f"if it is yours alone, run: chmod 700 {path}"
+        raise SecretFileError(f"other users may enter the directory {path}; {remedy}")
 
 
 def _make_directory(path: Path) -> bool:
