@@ -53,9 +53,9 @@ def after(prologue: str | None, command: list[str]) -> list[str]:
     return [sys.executable, "-S", "-c", f"{prologue}\nimport os, sys\nos.execv(sys.argv[1], sys.argv[1:])", *command]
 
 
-def program(name: str) -> list[str]:
-    """How to run `client`, `admin` or `server`, installed or not."""
-    return [sys.executable, "-c", f"import sys; from kms.cli.{name} import main; sys.exit(main())"]
+def program(name: str, change: str = "") -> list[str]:
+    """How to run `client`, `admin` or `server`, installed or not; `change` is Python that it runs before it begins."""
+    return [sys.executable, "-c", f"{change}\nimport sys; from kms.cli.{name} import main; sys.exit(main())"]
 
 
 def eventually(what: str, condition: Callable[[], bool]) -> None:
@@ -240,10 +240,11 @@ class Machine:
         stderr: int | BinaryIO = subprocess.PIPE,
         stdout: int | BinaryIO = subprocess.PIPE,
         prologue: str | None = None,
+        change: str = "",
         stdin: int | BinaryIO = subprocess.PIPE,
     ) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            after(prologue, [*program(name), *arguments]),
+            after(prologue, [*program(name, change), *arguments]),
             stdin=stdin,
             stdout=stdout,
             stderr=stderr,

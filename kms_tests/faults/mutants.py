@@ -1,0 +1,60 @@
+"""Servers with a bug, to see that the checker finds it. Each function breaks the process that calls it."""
+
+from __future__ import annotations
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+from kms.core import keyring as core
+from kms.core.keyring import Command, Keyring, Mint, RotateGroup, VersionStatus
+from kms.keystore.file import Keystore
+from kms.server import actor
+
+
+def reply_before_save() -> None:
+    """Answer at once, and save a moment later."""
+    save = Keystore.save
+    writer = ThreadPoolExecutor(1)
+
+    def save_later(store: Keystore, new: Keyring) -> None:
+        writer.submit(time.sleep, 0.1)
+        writer.submit(save, store, new)
+
+    Keystore.save = save_later  # type: ignore[assignment, method-assign]
+
+
+def lose_updates() -> None:
+    """Apply one command in three to the keyring as it was before the last one."""
+    count = 0
+    former: Keyring | None = None
+
+    def apply(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> Keyring:
+        nonlocal count, former
+        count += 1
+        base = keyring if former is None or count % 3 else former
+        former = keyring
+        return core.apply(base, command, now=now, mint=mint)
+
+    actor.apply = apply  # type: ignore[attr-defined]
+
+
+def reuse_numbers() -> None:
+    """Give a rotation the number of a destroyed version, where there is one."""
+
+    def apply(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> Keyring:
+        after = core.apply(keyring, command, now=now, mint=mint)
+        if not isinstance(command, RotateGroup):
+            return after
+        group = after.groups[command.group]
+        destroyed = [n for n, version in group.versions.items() if version.status is VersionStatus.DESTROYED]
+        if not destroyed:
+            return after
+        number = destroyed[0]
+        kek = mint(command.group, number)
+        active = core.KeyVersion.build(command.group, number, VersionStatus.ACTIVE, now, kek.wrapped, kek.key)
+        versions = {n: version for n, version in group.versions.items() if n != group.active.version} | {number: active}
+        reused = replace(group, active=active, versions=versions)
+        return replace(after, groups={**after.groups, command.group: reused})
+
+    actor.apply = apply  # type: ignore[attr-defined]
