@@ -69,6 +69,20 @@ def test_a_stale_read_is_objected_to() -> None:
     assert objection([MADE, Operation(2, 3, ROTATE, Saw(TWO)), Operation(4, 5, LIST, Saw(ONE))]) is not None
 
 
+def test_a_stale_read_is_objected_to_beside_one_that_takes_long() -> None:
+    history = [
+        MADE,
+        Operation(2, 3, ROTATE, Saw(TWO)),
+        Operation(2, 100, LIST, Saw(TWO)),
+        Operation(50, 60, LIST, Saw(ONE)),
+    ]
+    assert objection(history) is not None
+
+
+def test_what_begins_in_the_instant_in_which_another_ends_overlaps_it() -> None:
+    assert objection([MADE, Operation(2, 4, ROTATE, Saw(TWO)), Operation(4, 5, LIST, Saw(ONE))]) is None
+
+
 def test_two_reads_that_go_back_in_time_are_objected_to() -> None:
     history = [
         MADE,
@@ -130,6 +144,12 @@ def test_a_long_history_of_many_clients_is_checked_in_no_time() -> None:
             seen = ("ENABLED",) * (versions - 1) + ("ACTIVE",)
             history.append(Operation(round_number * 10, round_number * 10 + 5, ROTATE, Saw(seen)))
     assert objection(history) is None
+
+
+def test_an_impossible_history_is_objected_to_without_trying_every_order() -> None:
+    # Twelve reads at once have half a billion orders, but only four thousand sets of those done.
+    reads = [Operation(2, 9, LIST, Saw(ONE)) for _ in range(12)]
+    assert objection([MADE, *reads, Operation(10, 11, LIST, Saw(TWO))]) is not None
 
 
 calls = st.sampled_from(
