@@ -123,3 +123,33 @@ def test_a_variable_of_one_byte_does_not_take_that_byte_from_everybody(monkeypat
     monkeypatch.setenv("MINIKMS_TEST", "x")
     assert hardening.take_environment("MINIKMS_TEST") == bytearray(b"x")
     assert ord(bytes([120])) == 120
+
+
+HOARD = """
+from kms.host import hardening
+
+def rss():
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * 4096
+
+def hoard():
+    # As two hundred connections do whose frames grow by what each read brings, while small things come and go.
+    frames, kept = [bytearray() for _ in range(200)], []
+    for _ in range(15):
+        for frame in frames:
+            frame += bytes(1 << 16)
+            kept.append(bytes(1000))
+    return kept[::100]
+
+{prepare}
+small = [hoard()]
+before = rss()
+for _ in range(3):
+    small.append(hoard())
+print((rss() - before) >> 20)
+"""
+
+
+@on_linux
+def test_memory_that_was_needed_once_is_given_back() -> None:
+    assert int(_run(HOARD.format(prepare="hardening.give_memory_back()"))) <= 5

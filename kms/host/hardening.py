@@ -2,7 +2,7 @@
 
 No core file (a core is a copy of every key), and not dumpable: another process of the same user can then neither
 attach to it nor open its /proc/PID/mem (prctl(2), PR_SET_DUMPABLE). Memory is locked, so that keys are not swapped
-out, where the limit allows.
+out, where the limit allows. What is locked is not to grow: memory that was needed once is given back.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _PR_SET_DUMPABLE: Final = 4
 _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
+_M_MMAP_THRESHOLD: Final = -3
+_LARGE_BYTES: Final = 1 << 16
 
 
 def forbid_dumps() -> None:
@@ -37,6 +39,17 @@ def lock_memory() -> bool:
     if not unlimited and not _may_exceed_limits():
         return False
     return int(_libc().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)) == 0
+
+
+def give_memory_back() -> None:
+    """Have the C library give each large block back to the system when it is freed.
+
+    glibc stops doing so by itself (mallopt(3): the threshold is dynamic) once it has seen such blocks come and go. What
+    a few hundred unfinished frames took would then stay with this process, and in locked memory, for good.
+    """
+    mallopt = getattr(_libc(), "mallopt", None)  # glibc's own
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
 
 def take_environment(name: str) -> bytearray | None:

@@ -69,6 +69,7 @@ async def _main(
         # It knows them by their digests from here on.
         api_token.wipe()
         admin_token.wipe()
+        hardening.give_memory_back()
         memory = MEMORY_LOCKED if hardening.lock_memory() else MEMORY_NOT_LOCKED
         lock = KeystoreLock(config.keystore)
         with lock:
