@@ -191,3 +191,9 @@ def secrets_session(session: nox.Session) -> None:
     """Where secrets could leak: memory, logs, files for an instant, timing; and the systemd unit. Needs root."""
     install(session, "test")
     session.run("pytest", "kms_tests/secrets", *session.posargs)
+
+
+def load(session: nox.Session) -> None:
+    """Load and abuse of a real server, and the figures; `-- --long` takes a quarter of an hour."""
+    install(session, "test")
+    session.run("pytest", "-rP", "kms_tests/load", *session.posargs)

@@ -1,0 +1,114 @@
+"""Whoever reaches the sockets stops nothing: each kind of abuse, with an honest client beside it.
+
+The honest client holds its connection before the abuse begins. Its requests all succeed, 99 of 100 in less than a second,
+and after the abuse the server has the descriptors it had before, and its memory to within 10 MiB. That each of these
+checks can fail is shown in `test_guards.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from random import Random
+from typing import Final
+
+import pytest
+
+from kms.limits import IDLE_TIMEOUT, WRITE_TIMEOUT
+from kms_tests.integration.processes import Machine, Server
+from kms_tests.load import attacks
+from kms_tests.load.watch import unharmed
+
+SHORT_IDLE: Final = 3.0
+SHORT_SECONDS: Final = 20
+LONG_SECONDS: Final = 600
+
+
+@pytest.fixture
+def idle(long: bool) -> float:
+    """The seconds a frame may take: what a server has by default takes long to wait for."""
+    return IDLE_TIMEOUT if long else SHORT_IDLE
+
+
+@pytest.fixture
+def server(machine: Machine, idle: float) -> Server:
+    return machine.start("--idle-timeout-ms", str(int(idle * 1000)))
+
+
+def test_5000_clients_at_a_door_for_256(machine: Machine) -> None:
+    server = machine.start()
+    with unharmed(server):
+        attacks.flood(server)
+
+
+def test_one_byte_a_second(server: Server, idle: float) -> None:
+    with unharmed(server):
+        attacks.slow_loris(server, idle)
+
+
+def test_half_open_connections(server: Server, idle: float) -> None:
+    with unharmed(server):
+        attacks.half_open(server, idle)
+
+
+def test_lines_over_the_limit(server: Server) -> None:
+    with unharmed(server):
+        attacks.oversized(server)
+
+
+def test_200_frames_of_1_MiB_that_never_end(server: Server, idle: float) -> None:
+    with unharmed(server):
+        for _ in range(2):
+            attacks.hoard(server, idle)
+
+
+def test_clients_that_never_read_their_replies(server: Server) -> None:
+    with unharmed(server):
+        attacks.deaf(server, WRITE_TIMEOUT)
+
+
+def test_100_000_pipelined_requests(server: Server) -> None:
+    with unharmed(server):
+        took = attacks.pipelined(server)
+    print(f"100,000 pipelined requests took {took:.1f} s")
+
+
+def test_random_bytes(server: Server) -> None:
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    with unharmed(server):
+        attacks.noise(server, Random(seed))
+
+
+def test_everything_at_once_with_a_rotation_every_second(server: Server, idle: float, long: bool) -> None:
+    seed = time.time_ns()
+    print(f"seed {seed}")
+    end = time.monotonic() + (LONG_SECONDS if long else SHORT_SECONDS)
+    rotations: list[str] = []
+
+    def rotate() -> None:
+        with server.unix() as wire:
+            rotations.append(wire.ask(type="RotateKeyGroup", token=server.machine.admin_token, keyId="default")["status"])
+        time.sleep(1)
+
+    abuses: list[Callable[[], object]] = [
+        rotate,
+        partial(attacks.noise, server, Random(seed), clients=20),
+        partial(attacks.pipelined, server, count=2000),
+        partial(attacks.oversized, server, clients=2),
+        partial(attacks.half_open, server, idle, clients=20),
+        partial(attacks.slow_loris, server, idle, clients=20),
+        partial(attacks.come_and_go, server),
+    ]
+
+    def repeat(abuse: Callable[[], object]) -> None:
+        while time.monotonic() < end:
+            abuse()
+
+    with unharmed(server, clients=4), ThreadPoolExecutor(len(abuses)) as pool:
+        for repeated in [pool.submit(repeat, abuse) for abuse in abuses]:
+            repeated.result()
+    assert set(rotations) == {"ok"}
+    assert len(rotations) > (LONG_SECONDS if long else SHORT_SECONDS) * 0.8
