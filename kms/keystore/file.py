@@ -50,7 +50,7 @@ class KeystoreLock:
                 f"the keystore {keystore} is in use by process {error.holder}; stop it first"
             ) from None
         except OSError as error:
-            raise FileAccessError(f"cannot take the lock file {path}: {error.strerror}") from error
+            raise FileAccessError(f"cannot lock {path}: {error.strerror}") from error
         try:
             for written in (keystore, *_kept_paths(keystore)):
                 durable.remove_stale_temp_files(written)

@@ -114,7 +114,7 @@ def _hold_lock(path: Path) -> int:
             f"another server, process {error.holder}, has {path}; stop it, or choose another --unix-socket"
         ) from None
     except OSError as error:
-        raise FileAccessError(f"cannot take the lock file {lock}: {error.strerror}") from error
+        raise FileAccessError(f"cannot lock {lock}: {error.strerror}") from error
 
 
 def _identity(state: os.stat_result) -> tuple[int, int, int]:
