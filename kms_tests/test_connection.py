@@ -240,3 +240,21 @@ async def test_many_replies_go_out_in_pieces_and_all_arrive(autojump_clock: Mock
 
             nursery.start_soon(send)
             assert await read_to_end(client) == sent
+
+
+async def test_a_request_that_would_wait_for_the_disk_does_not_begin_when_its_client_has_vanished(
+    autojump_clock: MockClock,
+) -> None:
+    begun: list[bytes] = []
+
+    class Observed(Echo):
+        async def _later(self, line: bytes) -> bytes:
+            begun.append(line)
+            return line
+
+    # What is ready is sent before the disk is waited for, and that fails: nobody takes it any more.
+    with connected(Observed()) as (connection, client, _):
+        await client.send_all(b"a\nslow:b\n")
+        await client.aclose()
+        await connection.serve()
+    assert begun == []

@@ -234,3 +234,13 @@ def come_and_go(server: Server, clients: int = 20) -> None:
         with connect(server) as sock:
             if number % 2:
                 sock.sendall(b"{")
+
+
+def vanish_amid_a_change(server: Server, clients: int = 20) -> None:
+    """Administrators that are gone before the first of their replies can be sent; the request after it changes a key."""
+    health = {"type": "Health", "token": server.machine.api_token}
+    rotate = {"type": "RotateKeyGroup", "token": server.machine.admin_token, "keyId": "default"}
+    for _ in range(clients):
+        # A Unix socket: what was sent is still there to be read after its sender has gone.
+        with server.unix() as wire:
+            wire.send(health, rotate)

@@ -53,6 +53,11 @@ def test_half_open_connections(server: Server, idle: float) -> None:
         attacks.half_open(server, idle)
 
 
+def test_administrators_that_vanish_amid_a_change(server: Server) -> None:
+    with unharmed(server):
+        attacks.vanish_amid_a_change(server)
+
+
 def test_lines_over_the_limit(server: Server) -> None:
     with unharmed(server):
         attacks.oversized(server)
