@@ -96,3 +96,9 @@ def test_a_value_out_of_its_range_is_refused_and_names_where_it_came_from(
 
 def test_an_empty_variable_counts_as_not_set() -> None:
     assert resolve({}, {**HOME, "MINIKMS_TCP_PORT": ""}).tcp_port == 9123
+
+
+@pytest.mark.parametrize("variable", ["XDG_DATA_HOME", "HOME", "CREDENTIALS_DIRECTORY"])
+def test_a_directory_where_nothing_can_be_looked_for_is_an_error_of_the_configuration(variable: str) -> None:
+    with pytest.raises(ConfigError, match="cannot look for /x"):
+        resolve({}, {**HOME, variable: "/" + "x" * 300})

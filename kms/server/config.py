@@ -110,4 +110,10 @@ class _Source:
 
 
 def _if_exists(path: Path) -> Path | None:
-    return path if path.exists() else None
+    try:
+        path.stat()  # not `exists`, which lets an OSError out or takes it for False, as the version of Python has it
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ConfigError(f"cannot look for {path}: {error.strerror}; set XDG_DATA_HOME to a directory of yours") from error
+    return path
