@@ -16,6 +16,10 @@ DEVELOPMENT = Path(".dev")
 UNIT_TESTS = ("pytest", "--ignore-glob=kms_tests/*/*")
 """What lies in the directories under kms_tests/ drives real programs or takes long, and has sessions of its own."""
 INTEGRATION_TESTS = ("pytest", "kms_tests/integration")
+SEPARATE_TESTS = ("--ignore=kms_tests/fuzz", "--ignore=kms_tests/vectors")
+"""What needs packages that no other session has."""
+FUZZ_VERSIONS = ("3.13", "3.12", "3.11")
+"""Where atheris has wheels; elsewhere it takes a clang with libFuzzer to build."""
 
 nox.needs_version = ">=2025.2.9"
 nox.options.sessions = ["lint", "typing", "tests", "integration"]
@@ -111,10 +115,10 @@ def typing(session: nox.Session) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """How much of the package all tests together reach, subprocesses included."""
+    """How much of the package the unit and integration tests reach, subprocesses included."""
     install(session, "coverage")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "kms_tests", *session.posargs)
+    session.run("coverage", "run", "-m", "pytest", "kms_tests", *SEPARATE_TESTS, *session.posargs)
     session.run("coverage", "combine")
     session.run("coverage", "report", "--fail-under=95")
 
@@ -193,7 +197,25 @@ def secrets_session(session: nox.Session) -> None:
     session.run("pytest", "kms_tests/secrets", *session.posargs)
 
 
+@nox.session
 def load(session: nox.Session) -> None:
     """Load and abuse of a real server, and the figures; `-- --long` takes a quarter of an hour."""
     install(session, "test")
     session.run("pytest", "-rP", "kms_tests/load", *session.posargs)
+
+
+@nox.session(python=next((INTERPRETERS[version] for version in FUZZ_VERSIONS if INTERPRETERS.get(version)), None))
+def fuzz(session: nox.Session) -> None:
+    """The parsers under hypothesis and a coverage-guided fuzzer; hours of it with `-- --long`."""
+    try:
+        install(session, "fuzz")
+    except nox.command.CommandFailed:
+        session.error(f"atheris could not be installed here; it has wheels for Python {', '.join(FUZZ_VERSIONS)}")
+    session.run("pytest", "kms_tests/fuzz", *session.posargs)
+
+
+@nox.session
+def vectors(session: nox.Session) -> None:
+    """Known answers of NIST and the RFCs, and the formats against an independent reader and writer."""
+    install(session, "vectors")
+    session.run("pytest", "kms_tests/vectors", *session.posargs)

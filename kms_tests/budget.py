@@ -1,0 +1,36 @@
+"""How long a parser may take: 100 ms of this thread's own CPU time, for any input of a legal size.
+
+The server has one thread, so what one stranger's line costs, every client waits for. CPU time is not disturbed by other
+programs as the time of day is, but it is by their use of the caches; hence a slow call is given a few more tries, and
+only one that is slow each time is slow.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Final
+
+BUDGET: Final = 0.1
+"""Seconds."""
+_TRIES: Final = 8
+_NEVER_NOISE: Final = 10
+"""No busy machine makes a call this many times slower in CPU time."""
+
+
+class SlowError(AssertionError):
+    """An input took longer than its budget, each time."""
+
+
+def within_budget(call: Callable[[], object], budget: float = BUDGET) -> float:
+    """Run `call`; the seconds its fastest try took. Raises `SlowError` when none was within `budget`."""
+    fastest = float("inf")
+    for _ in range(_TRIES):
+        start = time.thread_time()
+        call()
+        fastest = min(fastest, time.thread_time() - start)
+        if fastest <= budget:
+            return fastest
+        if fastest > budget * _NEVER_NOISE:
+            break
+    raise SlowError(f"took {fastest * 1000:.0f} ms of CPU time, more than {budget * 1000:.0f} ms")

@@ -1,0 +1,89 @@
+"""Bugs to put into the program, so that the fuzzer can prove that it finds them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+from kms.core import ciphertext
+from kms.core.ciphertext import Ciphertext
+from kms.core.envelope import HEADER_BYTES, EnvelopeKey, StreamOpener
+from kms.core.keyring import KeyVersion, VersionStatus
+from kms.keystore import document, legacy
+from kms.server import config
+from kms.wire import messages
+from kms_tests.fuzz import targets
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """The target that must find it, the error it shows as, and how it is put in."""
+
+    target: str
+    shows_as: str
+    put_in: Callable[[], None]
+
+
+def _replacing(owner: Any, name: str, value: object) -> Callable[[], None]:
+    assert hasattr(owner, name), name
+    return lambda: setattr(owner, name, value)
+
+
+def _decode_with_another_error(line: bytes) -> messages.Request:
+    try:
+        return messages.decode_request(line)
+    except messages.UndecodableRequestError as error:
+        raise RecursionError from error
+
+
+def _decode_slowly(line: bytes) -> messages.Request:
+    re.search(rb"A{0,100}?[^A]=x", line)
+    return messages.decode_request(line)
+
+
+def _parse_without_looking(blob: bytes) -> Ciphertext:
+    name_end = 2 + blob[1]
+    version = int.from_bytes(blob[name_end : name_end + 8], "big")
+    return Ciphertext(blob[2:name_end].decode("utf-8"), version, blob[name_end + 8 :])
+
+
+def _open_without_tag(self: EnvelopeKey, envelope: bytes, aad: bytes) -> bytes:
+    return bytes(envelope[HEADER_BYTES:-16])
+
+
+def _build_any_version(group: str, stored: Any, unwrap: Any, rewrap: Any) -> Any:
+    status = VersionStatus.__members__.get(stored.status, VersionStatus.ENABLED)
+    return KeyVersion.build(group, max(1, stored.version) & 0xFFFF or 1, status, 0, stored.wrapped, None)
+
+
+MUTANTS: Final = {
+    "a decoder that lets another error out": Mutant(
+        "stream", "RecursionError", _replacing(targets, "decode_request", _decode_with_another_error)
+    ),
+    "a decoder that looks at each byte a hundred times": Mutant(
+        "long-line", "SlowError", _replacing(targets, "decode_request", _decode_slowly)
+    ),
+    "a ciphertext taken apart without looking at its length": Mutant(
+        "ciphertext", "IllegalError", _replacing(ciphertext, "parse", _parse_without_looking)
+    ),
+    "an envelope whose tag is not verified": Mutant(
+        "ciphertext", "ForgedError", _replacing(EnvelopeKey, "open", _open_without_tag)
+    ),
+    "a stream whose tag is not verified": Mutant(
+        "container", "ForgedError", _replacing(StreamOpener, "finish", lambda _self, _tag: None)
+    ),
+    "a format 3 keystore whose MAC is not checked": Mutant(
+        "keystore-3", "ForgedError", _replacing(document, "check_mac", lambda _expected, _presented: None)
+    ),
+    "a format 2 keystore whose MAC is not checked": Mutant(
+        "keystore-2", "ForgedError", _replacing(legacy, "check_mac", lambda _expected, _presented: None)
+    ),
+    "a keystore whose versions are believed because its MAC is right": Mutant(
+        "keystore-3-resealed", "IllegalError", _replacing(document, "_build_version", _build_any_version)
+    ),
+    "a number out of its bounds": Mutant(
+        "config", "IllegalError", _replacing(config._Source, "number", lambda self, name, *_: int(self._find(name)[0] or 1))
+    ),
+}

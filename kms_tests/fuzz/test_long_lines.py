@@ -1,0 +1,87 @@
+"""Lines of a whole megabyte that aim at slow algorithms: each is decoded or refused within its budget.
+
+The server has one thread and anyone who reaches its socket may send such a line, so each shape costs every client what
+it costs here. The mutants of the fuzzer show that the budget is kept by measuring and not by luck.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+
+from kms.errors import KeystoreError, WrongPassphraseError
+from kms.limits import MAX_FRAME_BYTES
+from kms.wire.framing import Framer
+from kms_tests.budget import BUDGET, SlowError, within_budget
+from kms_tests.fuzz.targets import (
+    API,
+    LONG_LINES,
+    check_long_line,
+    check_request,
+    encode2,
+    encode3,
+    open2,
+    open3,
+    stretch,
+)
+
+KEYSTORE_SHAPES = [
+    b'{"formatVersion":%d,"generation":\xff9\xff}',
+    b'{"formatVersion":\xff9\xff}',
+    b'{"formatVersion":%d,"keyGroups":[\xff{},\xff{}]}',
+    b'{"formatVersion":%d,"keyGroups":\xff[\xff',
+    b'{"formatVersion":%d\xff,"mac":""\xff}',
+    b'{"formatVersion":%d,"\xffa\xff":1}',
+    b'{"formatVersion":%d,"x":[\xff1.5e-300,\xff1]}',
+    b'{"formatVersion":%d,"kdf":"\xff\\u0051\xff"}',
+]
+
+
+@pytest.mark.parametrize("shape", LONG_LINES)
+def test_a_long_line_is_answered_in_time(shape: bytes) -> None:
+    within_budget(lambda: check_long_line(shape))
+
+
+@pytest.mark.parametrize("shape", LONG_LINES)
+def test_a_long_line_with_the_right_token_is_answered_in_time(shape: bytes) -> None:
+    line = stretch(shape.replace(b'{"type"', b'{"token":"%s","type"' % API.encode(), 1))
+    within_budget(lambda: check_request(line))
+
+
+@pytest.mark.parametrize("unit", [b"\n", b"\r\n", b" \n", b"a\n", b"{}\n", b"\r"])
+def test_a_megabyte_of_short_lines_is_taken_apart_in_time(unit: bytes) -> None:
+    within_budget(lambda: Framer(MAX_FRAME_BYTES).feed(unit * (MAX_FRAME_BYTES // len(unit))))
+
+
+@pytest.mark.parametrize("piece", [1 << 16, 4096])
+def test_a_frame_in_many_pieces_is_put_together_in_time(piece: int) -> None:
+    frame = b"x" * MAX_FRAME_BYTES
+
+    def feed() -> None:
+        framer = Framer(MAX_FRAME_BYTES)
+        frames = [f for at in range(0, len(frame), piece) for f in framer.feed(frame[at : at + piece])]
+        assert frames + framer.feed(b"\n") == [frame]
+
+    within_budget(feed)
+
+
+@pytest.mark.parametrize(("number", "open_", "made"), [(3, open3, encode3()), (2, open2, encode2())])
+@pytest.mark.parametrize("shape", KEYSTORE_SHAPES)
+def test_a_megabyte_that_is_no_keystore_is_refused_in_time(
+    number: int, open_: Callable[[bytes], object], made: bytes, shape: bytes
+) -> None:
+    raw = stretch(shape.replace(b"%d", str(number).encode()))
+    assert open_(made)
+
+    def refuse() -> None:
+        with pytest.raises((KeystoreError, WrongPassphraseError)):
+            open_(raw)
+
+    within_budget(refuse)
+
+
+def test_the_budget_catches_what_is_slow() -> None:
+    with pytest.raises(SlowError, match="more than 1 ms"):
+        within_budget(lambda: sum(range(1_000_000)), budget=0.001)
+    assert within_budget(lambda: None) < BUDGET
