@@ -1,0 +1,270 @@
+"""Every format read and written a second time, from its description alone.
+
+Nothing here is shared with the program: no import of `kms`, AES-GCM, HMAC and HKDF from PyCryptodome (its own C, not
+OpenSSL), Argon2 from argon2pure (pure Python, not the reference code), JSON from the standard library. What both sides
+understand of each other is then what the description says, and not a mistake that they share.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from base64 import b64decode, b64encode
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import argon2pure
+from Crypto.Cipher import AES
+from Crypto.Hash import HMAC, SHA256
+from Crypto.Protocol.KDF import HKDF
+
+MEMORY_KIB, ITERATIONS, PARALLELISM = 8, 1, 1
+
+
+@dataclass(frozen=True)
+class Version:
+    """A KEK version; `kek` is None when it is destroyed."""
+
+    number: int
+    status: str
+    created_at: int
+    kek: bytes | None
+
+
+@dataclass(frozen=True)
+class Group:
+    name: str
+    created_at: int
+    active: int
+    versions: tuple[Version, ...]
+
+
+def argon2id(
+    passphrase: bytes,
+    salt: bytes,
+    *,
+    iterations: int = ITERATIONS,
+    memory_kib: int = MEMORY_KIB,
+    lanes: int = PARALLELISM,
+    secret: bytes = b"",
+    associated_data: bytes = b"",
+) -> bytes:
+    """Argon2id version 0x13, 32 bytes."""
+    return bytes(
+        argon2pure.argon2(
+            passphrase,
+            salt,
+            iterations,
+            memory_kib,
+            lanes,
+            tag_length=32,
+            secret=secret,
+            associated_data=associated_data,
+            type_code=argon2pure.ARGON2ID,
+            threads=1,
+            version=0x13,
+            use_threads=True,
+        )
+    )
+
+
+def hkdf(key: bytes, length: int, salt: bytes, info: bytes) -> bytes:
+    """HKDF-SHA256."""
+    return bytes(HKDF(key, length, salt, SHA256, 1, info))
+
+
+def hmac(key: bytes, message: bytes) -> bytes:
+    """HMAC-SHA256."""
+    return bytes(HMAC.new(key, message, SHA256).digest())
+
+
+def seal(key: bytes, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
+    """An inner envelope."""
+    gcm = AES.new(key, AES.MODE_GCM, nonce=nonce, mac_len=16)
+    gcm.update(aad)
+    body, tag = gcm.encrypt_and_digest(plaintext)
+    return b"\x01\x01" + nonce + body + tag
+
+
+def unseal(key: bytes, envelope: bytes, aad: bytes) -> bytes:
+    """The plaintext of an inner envelope; raises `ValueError`."""
+    if len(envelope) < 30 or envelope[:2] != b"\x01\x01":
+        raise ValueError("not an envelope")
+    gcm = AES.new(key, AES.MODE_GCM, nonce=envelope[2:14], mac_len=16)
+    gcm.update(aad)
+    return bytes(gcm.decrypt_and_verify(envelope[14:-16], envelope[-16:]))
+
+
+def ciphertext(group: str, version: int, envelope: bytes) -> bytes:
+    """What a client holds."""
+    name = group.encode("utf-8")
+    return struct.pack(">BB", 2, len(name)) + name + struct.pack(">Q", version) + envelope
+
+
+def take_apart(blob: bytes) -> tuple[str, int, bytes]:
+    """Group, version and envelope of a ciphertext; raises `ValueError`."""
+    if blob[0] != 2:
+        raise ValueError("not a ciphertext")
+    end = 2 + blob[1]
+    return blob[2:end].decode("utf-8"), struct.unpack(">Q", blob[end : end + 8])[0], blob[end + 8 :]
+
+
+def container(wrapped_key: bytes, envelope: bytes) -> bytes:
+    """A file in the container MKE1."""
+    return b"MKE1" + struct.pack(">I", len(wrapped_key)) + wrapped_key + envelope
+
+
+def open_container(file: bytes) -> tuple[bytes, bytes]:
+    """The wrapped data key and the file's envelope; raises `ValueError`."""
+    if file[:4] != b"MKE1":
+        raise ValueError("not a container")
+    end = 8 + struct.unpack(">I", file[4:8])[0]
+    return file[8:end], file[end:]
+
+
+def _text(data: bytes) -> str:
+    return b64encode(data).decode("ascii")
+
+
+def _compact(tree: dict[str, Any]) -> bytes:
+    return json.dumps(tree, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+
+
+def _slot(group: str, version: int) -> bytes:
+    name = group.encode("utf-8")
+    return struct.pack(">I", len(name)) + name + struct.pack(">Q", version)
+
+
+def _sub_key(root: bytes, use: str) -> bytes:
+    return hkdf(root, 32, b"", f"mini-kms/v3/{use}".encode())
+
+
+def write_format3(groups: list[Group], generation: int, passphrase: bytes, salt: bytes, nonces: Iterator[bytes]) -> bytes:
+    """A format 3 file; each of `nonces` is 12 bytes."""
+    root = argon2id(passphrase, salt)
+    wrap = _sub_key(root, "wrap-kek")
+    body = {
+        "formatVersion": 3,
+        "generation": generation,
+        "kdf": {
+            "name": "argon2id",
+            "version": 19,
+            "memoryKiB": MEMORY_KIB,
+            "iterations": ITERATIONS,
+            "parallelism": PARALLELISM,
+            "salt": _text(salt),
+        },
+        "rootCheck": _text(seal(_sub_key(root, "root-check"), next(nonces), b"mini-kms/root-check/v3", b"")),
+        "keyGroups": [
+            {
+                "keyId": group.name,
+                "createdAtEpochSec": group.created_at,
+                "activeVersion": group.active,
+                "versions": [
+                    {
+                        "version": v.number,
+                        "status": v.status,
+                        "createdAtEpochSec": v.created_at,
+                        "wrappedKek": None
+                        if v.kek is None
+                        else _text(seal(wrap, next(nonces), v.kek, _slot(group.name, v.number))),
+                    }
+                    for v in group.versions
+                ],
+            }
+            for group in groups
+        ],
+    }
+    return _compact({**body, "mac": _text(hmac(_sub_key(root, "keystore-mac"), _compact(body)))})
+
+
+def read_format3(raw: bytes, passphrase: bytes) -> tuple[int, list[Group]]:
+    """Generation and groups of a format 3 file; raises `ValueError`."""
+    tree = json.loads(raw)
+    kdf = tree["kdf"]
+    root = argon2id(
+        passphrase,
+        b64decode(kdf["salt"]),
+        iterations=kdf["iterations"],
+        memory_kib=kdf["memoryKiB"],
+        lanes=kdf["parallelism"],
+    )
+    if unseal(_sub_key(root, "root-check"), b64decode(tree["rootCheck"]), b"") != b"mini-kms/root-check/v3":
+        raise ValueError("wrong passphrase")
+    mac = tree.pop("mac")
+    if hmac(_sub_key(root, "keystore-mac"), _compact(tree)) != b64decode(mac):
+        raise ValueError("wrong MAC")
+    wrap = _sub_key(root, "wrap-kek")
+    groups = [
+        Group(
+            group["keyId"],
+            group["createdAtEpochSec"],
+            group["activeVersion"],
+            tuple(
+                Version(
+                    v["version"],
+                    v["status"],
+                    v["createdAtEpochSec"],
+                    None
+                    if v["wrappedKek"] is None
+                    else unseal(wrap, b64decode(v["wrappedKek"]), _slot(group["keyId"], v["version"])),
+                )
+                for v in group["versions"]
+            ),
+        )
+        for group in tree["keyGroups"]
+    ]
+    return tree["generation"], groups
+
+
+def write_format2(groups: list[Group], passphrase: bytes, salt: bytes, nonces: Iterator[bytes]) -> bytes:
+    """A format 2 file, of which the program has no writer."""
+    root = argon2id(passphrase, salt)
+    tree: dict[str, Any] = {
+        "formatVersion": 2,
+        "kdf": "argon2id",
+        "argonMemoryKiB": MEMORY_KIB,
+        "argonIterations": ITERATIONS,
+        "argonParallelism": PARALLELISM,
+        "saltBase64": _text(salt),
+        "rootVerificationTokenBase64": _text(seal(root, next(nonces), b"mini-kms/root-verification/v2", b"")),
+        "keyGroups": [
+            {
+                "id": group.name,
+                "activeVersion": group.active,
+                "versions": [
+                    {
+                        "version": v.number,
+                        "status": v.status,
+                        "createdAtEpochSec": v.created_at,
+                        "wrappedKekBase64": None if v.kek is None else _text(seal(root, next(nonces), v.kek, b"")),
+                    }
+                    for v in group.versions
+                ],
+            }
+            for group in groups
+        ],
+    }
+    tree["macBase64"] = _text(hmac(hmac(root, b"mini-kms/keystore-integrity/v1"), _message2(tree)))
+    return _compact(tree)
+
+
+def _message2(tree: dict[str, Any]) -> bytes:
+    message = bytearray(struct.pack(">i", tree["formatVersion"]) + _str2(tree["kdf"]))
+    message += struct.pack(">iii", tree["argonMemoryKiB"], tree["argonIterations"], tree["argonParallelism"])
+    message += _str2(tree["saltBase64"]) + _str2(tree["rootVerificationTokenBase64"])
+    message += struct.pack(">i", len(tree["keyGroups"]))
+    for group in tree["keyGroups"]:
+        message += _str2(group["id"]) + struct.pack(">qi", group["activeVersion"], len(group["versions"]))
+        for v in group["versions"]:
+            message += struct.pack(">q", v["version"]) + _str2(v["status"])
+            message += struct.pack(">q", v["createdAtEpochSec"]) + _str2(v["wrappedKekBase64"])
+    return bytes(message)
+
+
+def _str2(text: str | None) -> bytes:
+    if text is None:
+        return struct.pack(">i", -1)
+    data = text.encode("utf-8")
+    return struct.pack(">i", len(data)) + data

@@ -1,0 +1,218 @@
+"""Every format in both directions against an independent reader and writer (`independent`).
+
+What the program writes, the other reads; what the other writes, the program reads, and where nonces are given both
+write the same bytes. Format 2 has no writer here, so it is read only.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kms.client import files
+from kms.client.protocol import DataKey
+from kms.core import ciphertext
+from kms.core.derive import KdfParameters
+from kms.core.envelope import EnvelopeKey
+from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
+from kms.core.secret import Secret
+from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
+from kms.keystore import document, legacy
+from kms.keystore.document import KdfHeader, RootKeys
+from kms_tests.strategies import aads, plaintexts, stored_names, versions
+from kms_tests.vectors import independent
+from kms_tests.vectors.independent import Group, Version
+
+COSTS = KdfParameters(independent.MEMORY_KIB, independent.ITERATIONS, independent.PARALLELISM)
+PASSPHRASE = "correct horse, Übung 日本".encode()
+OLDER = ["ENABLED", "DISABLED", "DESTROYED"]
+
+keys = st.binary(min_size=32, max_size=32)
+nonces = st.binary(min_size=12, max_size=12)
+salts = st.binary(min_size=16, max_size=16)
+seconds = st.integers(0, 1 << 40)
+
+
+@st.composite
+def groups(draw: st.DrawFn) -> list[Group]:
+    """Groups as a keystore may hold them."""
+    made = []
+    for name in draw(st.lists(stored_names, max_size=3, unique=True)):
+        numbers = sorted(draw(st.sets(versions, min_size=1, max_size=4)))
+        active = draw(st.sampled_from(numbers))
+        stored = []
+        for number in numbers:
+            status = "ACTIVE" if number == active else draw(st.sampled_from(OLDER))
+            stored.append(Version(number, status, draw(seconds), None if status == "DESTROYED" else draw(keys)))
+        made.append(Group(name, draw(seconds), active, tuple(stored)))
+    return made
+
+
+def _secret(data: bytes) -> Secret:
+    return Secret(bytearray(data))
+
+
+def _key(key: bytes) -> EnvelopeKey:
+    return EnvelopeKey(_secret(key))
+
+
+def _counted() -> Iterator[bytes]:
+    return (number.to_bytes(12, "big") for number in range(1 << 20))
+
+
+def test_the_independent_side_imports_nothing_of_the_program() -> None:
+    tree = ast.parse(Path(independent.__file__).read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    imported |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    assert not {name.partition(".")[0] for name in imported} & {"kms", "kms_tests", "cryptography", "argon2", "msgspec"}
+
+
+@given(keys, nonces, plaintexts, aads)
+def test_both_seal_the_same_envelope_and_open_each_others(key: bytes, nonce: bytes, plaintext: bytes, aad: bytes) -> None:
+    theirs = independent.seal(key, nonce, plaintext, aad)
+    assert _key(key).seal_with_nonce(nonce, plaintext, aad) == theirs
+    assert _key(key).open(theirs, aad) == plaintext
+    assert independent.unseal(key, _key(key).seal(plaintext, aad), aad) == plaintext
+
+
+@given(keys, nonces, plaintexts, aads, st.data())
+def test_both_refuse_the_same_altered_envelopes(
+    key: bytes, nonce: bytes, plaintext: bytes, aad: bytes, data: st.DataObject
+) -> None:
+    altered = bytearray(independent.seal(key, nonce, plaintext, aad))
+    altered[data.draw(st.integers(0, len(altered) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(ValueError):
+        independent.unseal(key, bytes(altered), aad)
+    with pytest.raises(DecryptionFailedError):
+        _key(key).open(altered, aad)
+
+
+@given(stored_names, versions, keys, nonces, plaintexts, aads)
+def test_both_make_the_same_ciphertext_and_take_each_others_apart(
+    group: str, version: int, key: bytes, nonce: bytes, plaintext: bytes, aad: bytes
+) -> None:
+    theirs = independent.ciphertext(group, version, independent.seal(key, nonce, plaintext, aad))
+    ours = _key(key).seal_with_nonce(nonce, plaintext, aad, ciphertext.header(group, version))
+    assert ours == theirs
+    assert ciphertext.parse(theirs) == independent.take_apart(ours)
+
+
+class _Client:
+    """What the file functions need, over the independent side alone."""
+
+    def __init__(self, kek: bytes, data_key: bytes, nonce: bytes) -> None:
+        self._kek = kek
+        self._data_key = data_key
+        self._nonce = nonce
+
+    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+        return DataKey(self._data_key, self.wrap(aad))
+
+    def wrap(self, aad: bytes) -> bytes:
+        return independent.ciphertext("default", 1, independent.seal(self._kek, self._nonce, self._data_key, aad))
+
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes:
+        group, version, envelope = independent.take_apart(ciphertext)
+        assert (group, version) == ("default", 1)
+        return independent.unseal(self._kek, envelope, aad)
+
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"") -> bytes:
+        raise NotImplementedError
+
+
+@given(keys, keys, nonces, st.binary(max_size=3000), aads)
+def test_both_read_each_others_containers(kek: bytes, data_key: bytes, nonce: bytes, content: bytes, aad: bytes) -> None:
+    client = _Client(kek, data_key, nonce)
+    ours = BytesIO()
+    files.encrypt_file(client, BytesIO(content), ours, aad=aad)
+    wrapped, envelope = independent.open_container(ours.getvalue())
+    assert independent.unseal(client.decrypt(wrapped, aad), envelope, aad) == content
+    theirs = independent.container(client.wrap(aad), independent.seal(data_key, nonce, content, aad))
+    read = BytesIO()
+    files.decrypt_file(client, BytesIO(theirs), read, aad=aad)
+    assert read.getvalue() == content
+
+
+def _matches(keyring: Keyring, expected: list[Group], *, created_at_is_stored: bool = True) -> None:
+    """The keyring is `expected`, and its keys open what the expected KEKs seal."""
+    assert list(keyring.groups) == [group.name for group in expected]
+    for group in expected:
+        loaded = keyring.groups[group.name]
+        assert loaded.active.version == group.active
+        assert not created_at_is_stored or loaded.created_at == group.created_at
+        for version, stored in zip(group.versions, loaded.versions.values(), strict=True):
+            assert (stored.version, stored.status.value, stored.created_at) == (
+                version.number,
+                version.status,
+                version.created_at,
+            )
+            if version.kek is None:
+                assert stored.key is None
+            else:
+                assert stored.key is not None
+                assert stored.key.open(independent.seal(version.kek, bytes(12), b"x", b"aad"), b"aad") == b"x"
+
+
+def _load3(raw: bytes) -> Keyring:
+    sealed = document.Sealed(raw)
+    with sealed.header.derive(_secret(PASSPHRASE)) as root:
+        return sealed.open(RootKeys(root))
+
+
+@given(groups(), st.integers(0, 1 << 62), salts)
+@settings(max_examples=25)
+def test_a_format_3_keystore_that_the_other_wrote_loads(expected: list[Group], generation: int, salt: bytes) -> None:
+    keyring = _load3(independent.write_format3(expected, generation, PASSPHRASE, salt, _counted()))
+    assert keyring.generation == generation
+    _matches(keyring, expected)
+
+
+@given(groups(), st.integers(0, 1 << 62), salts)
+@settings(max_examples=25)
+def test_a_format_3_keystore_that_we_write_is_read_by_the_other(
+    expected: list[Group], generation: int, salt: bytes
+) -> None:
+    header = KdfHeader(COSTS, salt)
+    with header.derive(_secret(PASSPHRASE)) as root:
+        root_keys = RootKeys(root)
+    keyring = Keyring(generation, {group.name: _built(group, root_keys) for group in expected})
+    raw = document.Encoder().encode(keyring, header, root_keys.seal_check(), root_keys)
+    assert independent.read_format3(raw, PASSPHRASE) == (generation, expected)
+
+
+def _built(group: Group, root_keys: RootKeys) -> KeyGroup:
+    built = {}
+    for version in group.versions:
+        wrapped = None if version.kek is None else root_keys.wrap_kek(group.name, version.number, _secret(version.kek))
+        key = None if version.kek is None else _key(version.kek)
+        status = VersionStatus[version.status]
+        built[version.number] = KeyVersion.build(group.name, version.number, status, version.created_at, wrapped, key)
+    return KeyGroup(group.name, group.created_at, built[group.active], built)
+
+
+@given(groups(), salts)
+@settings(max_examples=25)
+def test_a_format_2_keystore_that_the_other_wrote_loads(expected: list[Group], salt: bytes) -> None:
+    sealed = legacy.Sealed(independent.write_format2(expected, PASSPHRASE, salt, _counted()))
+    with sealed.header.derive(_secret(PASSPHRASE)) as root:
+        keyring = sealed.open(root, lambda _group, _version, _kek: b"rewrapped")
+    _matches(keyring, expected, created_at_is_stored=False)
+
+
+@given(groups(), salts, st.data())
+@settings(max_examples=25)
+def test_a_format_3_keystore_of_the_other_with_one_byte_changed_does_not_load(
+    expected: list[Group], salt: bytes, data: st.DataObject
+) -> None:
+    raw = bytearray(independent.write_format3(expected, 1, PASSPHRASE, salt, _counted()))
+    # Behind the costs, which would be paid before they are refused.
+    at = data.draw(st.integers(raw.index(b'"rootCheck"'), len(raw) - 1))
+    raw[at] ^= data.draw(st.sampled_from([1, 2, 4, 8, 16, 32, 64, 128]))
+    with pytest.raises((KeystoreError, WrongPassphraseError)):
+        _load3(bytes(raw))
