@@ -15,6 +15,7 @@ from kms.core.policy import Operation, Plane
 from kms.limits import MAX_NESTING, MAX_VERSION
 from kms.wire import messages
 from kms.wire.messages import UndecodableRequestError, decode_request
+from kms_tests.budget import within_budget
 
 DATA: dict[str, dict[str, Any]] = {
     "Health": {},
@@ -219,6 +220,28 @@ def test_nesting_up_to_the_bound_is_no_reason_to_refuse() -> None:
     decode_request(b'{"type":"Health","x":[' + b"[],{}," * 1000 + b"0]}")
     decode_request(b'{"type":"Health","x":"' + b'[{\\"' * 1000 + b'"}')
     assert _reason(b'{"type":"Health","x":' + b"[" * MAX_NESTING + b"]" * MAX_NESTING + b"}") == "nested too deeply"
+
+
+@pytest.mark.parametrize("opening", [b"[", b"{"])
+@pytest.mark.parametrize("end", [b'"\\' * 50_000, b'\\"' * 50_000, b'"' + b"\\" * 50_001, b'"[\\' * 50_000])
+def test_a_string_that_never_ends_does_not_cost_the_square_of_its_length(opening: bytes, end: bytes) -> None:
+    line = b'{"type":"Health","x":' + opening * (MAX_NESTING + 1) + end
+    within_budget(lambda: _refused(line))
+
+
+@pytest.mark.parametrize("field", ["type", "token"])
+def test_no_costly_number_is_built_for_a_stranger(field: str) -> None:
+    # The slowest to convert that there are: near the smallest double.
+    line = f'{{"type":"Health","{field}":[{"2.2250738585072011e-308," * 40_000}1]}}'.encode()
+    within_budget(lambda: _refused(line))
+
+
+@pytest.mark.parametrize("text", ['"', '\\"', "[", "\\\\", "\\n"])
+def test_a_bracket_in_a_string_is_no_nesting_and_one_behind_it_is(text: str) -> None:
+    string = json.dumps("[" * 50 + text)
+    decode_request(f'{{"type":"Health","x":{string}}}'.encode())
+    deep = "[" * MAX_NESTING + "]" * MAX_NESTING
+    assert _reason(f'{{"type":"Health","x":{string},"y":{deep}}}'.encode()) == "nested too deeply"
 
 
 @pytest.mark.parametrize(

@@ -513,6 +513,12 @@ LONG_LINES: Final = [
     b'{"type":"\xffa\xff"}',
     b'{"\xffa\xff":1}',
     b'{"type":"Health"\xff \xff}',
+    b'{"type":"Health","x":[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\xff"\\\xff',
+    b'{"type":"Health","x":[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[\xff\\"\xff',
+    b'{"type":"Encrypt","plaintext":"\xff[\xff',
+    b'{"type":"Health","token":[\xff2.2250738585072011e-308,\xff1]}',
+    b'{"type":[\xff2.2250738585072011e-308,\xff1]}',
+    b'{"type":"Health","x":\xff[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[[]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]]\xff',
 ]
 """Lines of a megabyte, each with what is in front, what is repeated, and what ends it."""
 

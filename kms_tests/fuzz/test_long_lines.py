@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from kms.errors import KeystoreError, WrongPassphraseError
 from kms.limits import MAX_FRAME_BYTES
@@ -25,6 +27,21 @@ from kms_tests.fuzz.targets import (
     open3,
     stretch,
 )
+
+TOKENS = [b'"', b"\\", b"[", b"]", b"{", b"}", b":", b",", b"0", b"9", b".", b"e", b"-", b"=", b"A", b"g", b"\\u0051", b"a"]
+TOKENS += ["\N{GRINNING FACE}".encode(), b" ", b"null", b"1e999", b'"token":', b'"type":', b'"Health"', b'"plaintext":"']
+
+IN_FRONT = [
+    b"",
+    b'{"type":"Health","x":',
+    b'{"type":"Health","token":',
+    b'{"type":"Encrypt","plaintext":"',
+    b'{"type":"Encrypt","plaintext":"\\u0051Q==","x":"',
+    b'{"type":"Health","x":[1,',
+    b'{"type":"DestroyVersion","keyId":"a","version":',
+    b'{"type":',
+    b'{"',
+]
 
 KEYSTORE_SHAPES = [
     b'{"formatVersion":%d,"generation":\xff9\xff}',
@@ -47,6 +64,16 @@ def test_a_long_line_is_answered_in_time(shape: bytes) -> None:
 def test_a_long_line_with_the_right_token_is_answered_in_time(shape: bytes) -> None:
     line = stretch(shape.replace(b'{"type"', b'{"token":"%s","type"' % API.encode(), 1))
     within_budget(lambda: check_request(line))
+
+
+@settings(max_examples=40)
+@given(
+    st.sampled_from(IN_FRONT),
+    st.lists(st.sampled_from(TOKENS), min_size=1, max_size=4).map(b"".join),
+    st.lists(st.sampled_from(TOKENS), max_size=3).map(b"".join),
+)
+def test_no_piece_of_a_line_becomes_slow_by_being_repeated(front: bytes, unit: bytes, end: bytes) -> None:
+    within_budget(lambda: check_long_line(front + b"\xff" + unit + b"\xff" + end))
 
 
 @pytest.mark.parametrize("unit", [b"\n", b"\r\n", b" \n", b"a\n", b"{}\n", b"\r"])
