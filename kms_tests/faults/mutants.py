@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 from kms.core import keyring as core
-from kms.core.keyring import Command, Keyring, Mint, RotateGroup, VersionStatus
+from kms.core.keyring import Command, KeyGroup, Keyring, Mint, RotateGroup, VersionStatus
 from kms.keystore.file import Keystore
 from kms.server import actor
 
@@ -29,32 +29,31 @@ def lose_updates() -> None:
     count = 0
     former: Keyring | None = None
 
-    def apply(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> Keyring:
+    def transition(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> KeyGroup:
         nonlocal count, former
         count += 1
         base = keyring if former is None or count % 3 else former
-        former = keyring
-        return core.apply(base, command, now=now, mint=mint)
+        # A copy, as the actor goes on with the one it has.
+        former = Keyring(keyring.generation, dict(keyring.groups))
+        return core.transition(base, command, now=now, mint=mint)
 
-    actor.apply = apply  # type: ignore[attr-defined]
+    actor.transition = transition  # type: ignore[attr-defined]
 
 
 def reuse_numbers() -> None:
     """Give a rotation the number of a destroyed version, where there is one."""
 
-    def apply(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> Keyring:
-        after = core.apply(keyring, command, now=now, mint=mint)
+    def transition(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> KeyGroup:
+        group = core.transition(keyring, command, now=now, mint=mint)
         if not isinstance(command, RotateGroup):
-            return after
-        group = after.groups[command.group]
+            return group
         destroyed = [n for n, version in group.versions.items() if version.status is VersionStatus.DESTROYED]
         if not destroyed:
-            return after
+            return group
         number = destroyed[0]
         kek = mint(command.group, number)
         active = core.KeyVersion.build(command.group, number, VersionStatus.ACTIVE, now, kek.wrapped, kek.key)
         versions = {n: version for n, version in group.versions.items() if n != group.active.version} | {number: active}
-        reused = replace(group, active=active, versions=versions)
-        return replace(after, groups={**after.groups, command.group: reused})
+        return replace(group, active=active, versions=versions)
 
-    actor.apply = apply  # type: ignore[attr-defined]
+    actor.transition = transition  # type: ignore[attr-defined]

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Awaitable
 
 from kms.server.connection import Connection, ConnectionBounds
-from kms.server.middleware import Peer, RequestPipeline
+from kms.server.middleware import Later, Peer, RequestPipeline
 from kms.wire.framing import Framer
 
 STALL = b"stall"
@@ -18,7 +17,7 @@ def stalls() -> None:
     """Let one client hold up all others for a moment."""
     serve = RequestPipeline.serve
 
-    def slow(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Awaitable[bytes]:
+    def slow(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Later:
         if STALL in line:
             time.sleep(1.5)
         return serve(self, line, peer)
@@ -31,7 +30,7 @@ def errs() -> None:
     serve = RequestPipeline.serve
     count = 0
 
-    def erring(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Awaitable[bytes]:
+    def erring(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Later:
         nonlocal count
         count += 1
         # What warms a client up comes first.
@@ -44,7 +43,7 @@ def fails() -> None:
     """Raise on a line that does not even begin like JSON, instead of answering."""
     serve = RequestPipeline.serve
 
-    def failing(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Awaitable[bytes]:
+    def failing(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Later:
         if not line.startswith(b"{"):
             raise ValueError
         return serve(self, line, peer)

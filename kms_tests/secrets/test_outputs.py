@@ -14,7 +14,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
@@ -25,6 +25,7 @@ from kms.core.policy import AllowAll, Plane
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, WireError
 from kms.keystore.file import KeystoreLock, initialise
+from kms.server.handlers import Handlers
 from kms.server.middleware import Authenticator, Peer, RequestPipeline
 from kms.wire import messages
 from kms_tests.integration.processes import Machine, Outcome, Server, Wire
@@ -45,6 +46,9 @@ ADMIN_TOKEN: Final = text("admin-token")
 WRONG_TOKEN: Final = text("wrong-token")
 PASSPHRASE: Final = text("passphrase")
 WRONG_PASSPHRASE: Final = text("wrong-passphrase")
+
+NO_KEYS: Final = cast(Any, None)
+"""In the place of a seam that is not used."""
 
 WITH_A_BUG_AND_A_POLICY: Final = """
 import sys
@@ -333,7 +337,9 @@ def secret_objects(directory: Path) -> Iterator[tuple[str, object]]:
     yield "PlaintextReply", messages.PlaintextReply(word)
     authenticator = Authenticator(Secret(bytearray(API_TOKEN.encode())), Secret(bytearray(ADMIN_TOKEN.encode())))
     yield "Authenticator", authenticator
-    yield "RequestPipeline", RequestPipeline({}, authenticator, AllowAll())
+    handlers = Handlers(NO_KEYS, NO_KEYS, new_data_key=lambda: KEY)
+    yield "Handlers", handlers
+    yield "RequestPipeline", RequestPipeline(handlers, authenticator, AllowAll())
     parameters = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
     passphrase = Secret(bytearray(PASSPHRASE.encode()))
     with KeystoreLock(directory / "keystore.json") as lock:
@@ -401,11 +407,12 @@ def test_a_bug_is_logged_without_its_text() -> None:
     logging.getLogger("kms").addHandler(handler)
     try:
 
-        def broken(_: object) -> Any:
-            raise RuntimeError(API_TOKEN)
+        class Broken(Handlers):
+            def health(self, request: messages.Health) -> messages.Reply:
+                raise RuntimeError(API_TOKEN)
 
         authenticator = Authenticator(Secret(bytearray(API_TOKEN.encode())), Secret(bytearray(ADMIN_TOKEN.encode())))
-        pipeline = RequestPipeline({messages.Health: broken}, authenticator, AllowAll())
+        pipeline = RequestPipeline(Broken(NO_KEYS, NO_KEYS, new_data_key=bytes), authenticator, AllowAll())
         reply = pipeline.serve(f'{{"type":"Health","token":"{API_TOKEN}"}}'.encode(), Peer(1, "unix"))
     finally:
         logging.getLogger("kms").removeHandler(handler)

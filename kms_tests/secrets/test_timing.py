@@ -16,19 +16,22 @@ import secrets
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import pytest
 
 from kms.core.policy import AllowAll, Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError
+from kms.server.handlers import Handlers
 from kms.server.middleware import Authenticator, Peer, RequestPipeline
 
 THRESHOLD: Final = 4.5
 CROP: Final = 0.9
 TOKEN: Final = secrets.token_urlsafe(32)
 PEER: Final = Peer(1, "unix")
+NO_HANDLERS: Final = Handlers(cast(Any, None), cast(Any, None), new_data_key=bytes)
+"""Nobody gets so far as to need one."""
 
 Probe = Callable[[Any], object]
 
@@ -64,7 +67,7 @@ def directly(kind: type[Authenticator] = Authenticator) -> Probe:
 
 
 def through_the_pipeline(kind: type[Authenticator] = Authenticator) -> Probe:
-    serve = RequestPipeline({}, authenticator(kind), AllowAll()).serve
+    serve = RequestPipeline(NO_HANDLERS, authenticator(kind), AllowAll()).serve
     return lambda line: serve(line, PEER)
 
 
