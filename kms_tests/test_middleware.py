@@ -81,7 +81,7 @@ class Server:
 
     def __init__(self, policy: KeyAuthorizationPolicy | None = None) -> None:
         self.manager = Manager()
-        provider = LocalMasterKeyProvider(lambda: self.manager.current)
+        provider = LocalMasterKeyProvider(self.manager)
         handlers = Handlers(provider, self.manager, new_data_key=lambda: os.urandom(32))
         authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
         self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll())

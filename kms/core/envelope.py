@@ -12,7 +12,7 @@ Every failure to open is the same `DecryptionFailedError`.
 from __future__ import annotations
 
 import os
-from typing import Final
+from typing import Final, NoReturn
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
@@ -30,6 +30,15 @@ OVERHEAD_BYTES: Final = HEADER_BYTES + GCM_TAG_BYTES
 Buffer = bytes | bytearray | memoryview
 
 
+class _Wiped:
+    """In the place of a key that is gone: with it nothing can be sealed, and nothing opens."""
+
+    def _refuse(self, *_: object) -> NoReturn:
+        raise DecryptionFailedError
+
+    encrypt = decrypt = decrypt_into = _refuse
+
+
 class EnvelopeKey:
     """A 256-bit key, ready to seal and open. Its bytes live only in OpenSSL's context, which cleanses itself when freed."""
 
@@ -40,25 +49,26 @@ class EnvelopeKey:
         if len(key) != KEY_BYTES:
             raise ValueError("an AES-256 key has 32 bytes")
         with key.view() as view:
-            self._aead: AESGCM | None = AESGCM(view)
+            self._aead: AESGCM | _Wiped = AESGCM(view)
 
     def seal(self, plaintext: Buffer, aad: Buffer, prefix: bytes = b"") -> bytes:
         """`prefix`, then the envelope of `plaintext`. `aad` is authenticated and not stored; empty is the same as none.
 
         `prefix` is written in front as it is, so that a caller's own header costs no further copy.
         """
-        return self.seal_with_nonce(os.urandom(GCM_NONCE_BYTES), plaintext, aad, prefix)
+        nonce = os.urandom(GCM_NONCE_BYTES)
+        return prefix + PREFIX + nonce + self._aead.encrypt(nonce, plaintext, aad)
 
-    def seal_with_nonce(self, nonce: bytes, plaintext: Buffer, aad: Buffer, prefix: bytes = b"") -> bytes:
+    def seal_with_nonce(self, nonce: bytes, plaintext: Buffer, aad: Buffer) -> bytes:
         """`seal` below its randomness, for known-answer tests; nothing else may call it."""
-        return prefix + PREFIX + nonce + self._ready().encrypt(nonce, plaintext, aad)
+        return PREFIX + nonce + self._aead.encrypt(nonce, plaintext, aad)
 
     def open(self, envelope: Buffer, aad: Buffer) -> bytes:
         """The plaintext of `envelope`; raises `DecryptionFailedError` whatever is wrong with it."""
         if len(envelope) < OVERHEAD_BYTES or envelope[:2] != PREFIX:
             raise DecryptionFailedError
         try:
-            return self._ready().decrypt(envelope[2:HEADER_BYTES], envelope[HEADER_BYTES:], aad)
+            return self._aead.decrypt(envelope[2:HEADER_BYTES], envelope[HEADER_BYTES:], aad)
         except InvalidTag:
             raise DecryptionFailedError from None
 
@@ -68,19 +78,14 @@ class EnvelopeKey:
             raise DecryptionFailedError
         buffer = bytearray(len(envelope) - OVERHEAD_BYTES)
         try:
-            self._ready().decrypt_into(envelope[2:HEADER_BYTES], envelope[HEADER_BYTES:], aad, buffer)
+            self._aead.decrypt_into(envelope[2:HEADER_BYTES], envelope[HEADER_BYTES:], aad, buffer)
         except InvalidTag:
             raise DecryptionFailedError from None
         return Secret(buffer)
 
     def wipe(self) -> None:
         """Free the context, which cleanses the key. The key cannot be used afterwards."""
-        self._aead = None
-
-    def _ready(self) -> AESGCM:
-        if self._aead is None:
-            raise DecryptionFailedError
-        return self._aead
+        self._aead = _Wiped()
 
     def __repr__(self) -> str:
         return "<EnvelopeKey>"

@@ -21,6 +21,7 @@ from __future__ import annotations
 import contextlib
 import math
 import socket
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -29,6 +30,12 @@ import trio
 from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
 from kms.server.middleware import Later, Peer
 from kms.wire.framing import Framer
+
+_incoming = memoryview(bytearray(READ_BYTES))
+"""What is read lands here, for all connections: it is taken out before anything else runs.
+
+A `recv` makes a buffer of the most it might read, which the allocator would map and unmap each time.
+"""
 
 _LINGER_SECONDS = 1.0
 _LINGER_READS = 64
@@ -63,6 +70,8 @@ class Connection:
         self._framer = Framer(bounds.max_frame_bytes)
         self._scope = trio.CancelScope()
         self._slack = bounds.idle_timeout / 16
+        self._deadline = math.inf
+        self._clock: Callable[[], float]
         self._waiting = True
         self._draining = False
 
@@ -74,6 +83,7 @@ class Connection:
 
     async def serve(self) -> None:
         """Serve until the end. A broken connection is an end like any other."""
+        self._clock = trio.lowlevel.current_clock().current_time
         try:
             with self._scope:
                 await self._converse()
@@ -83,14 +93,15 @@ class Connection:
             self._sock.close()
 
     async def _converse(self) -> None:
-        framer = self._framer
+        framer, sock = self._framer, self._sock
         self._await_frame()
         while not self._draining:
-            await trio.lowlevel.wait_readable(self._sock)
+            await trio.lowlevel.wait_readable(sock)
             try:
-                data = self._sock.recv(READ_BYTES)
+                size = sock.recv_into(_incoming)
             except BlockingIOError:
                 continue
+            data = bytes(_incoming[:size])
             frames = framer.feed(data) if data else framer.finish()
             if frames or framer.too_large:
                 self._waiting = False
@@ -105,9 +116,12 @@ class Connection:
 
     def _await_frame(self) -> None:
         self._waiting = True
-        earliest = trio.current_time() + self._bounds.idle_timeout
-        if not earliest <= self._scope.deadline <= earliest + self._slack:
-            self._scope.deadline = earliest + self._slack
+        earliest = self._clock() + self._bounds.idle_timeout
+        if not earliest <= self._deadline <= earliest + self._slack:
+            self._end_at(earliest + self._slack)
+
+    def _end_at(self, deadline: float) -> None:
+        self._deadline = self._scope.deadline = deadline
 
     async def _answer(self, frames: list[bytes]) -> None:
         serve, peer = self._pipeline.serve, self._peer
@@ -118,14 +132,14 @@ class Connection:
                 # It waits for the disk: what is ready must not wait with it.
                 await self._send(replies)
                 replies.clear()
-                self._scope.deadline = math.inf
+                self._end_at(math.inf)
                 reply = await reply()
             replies += reply
             replies += b"\n"
             if (number % TURN_REQUESTS == 0 and number < len(frames)) or len(replies) >= READ_BYTES:
                 await self._send(replies)
                 replies.clear()
-                self._scope.deadline = math.inf
+                self._end_at(math.inf)
                 await trio.lowlevel.checkpoint()
         await self._send(replies)
 
@@ -140,17 +154,17 @@ class Connection:
             await self._send_rest(data, sent)
 
     async def _send_rest(self, data: bytes | bytearray, sent: int) -> None:
-        self._scope.deadline = trio.current_time() + self._bounds.write_timeout
+        self._end_at(self._clock() + self._bounds.write_timeout)
         with memoryview(data) as rest:
             while sent < len(rest):
                 await trio.lowlevel.wait_writable(self._sock)
                 with contextlib.suppress(BlockingIOError):
                     sent += self._sock.send(rest[sent:])
-        self._scope.deadline = math.inf
+        self._end_at(math.inf)
 
     async def _linger(self) -> None:
         """Read on for a moment after the last reply: closing with unread bytes resets, and could take the reply along."""
-        self._scope.deadline = trio.current_time() + _LINGER_SECONDS
+        self._end_at(self._clock() + _LINGER_SECONDS)
         self._sock.shutdown(socket.SHUT_WR)
         for _ in range(_LINGER_READS):
             await trio.lowlevel.wait_readable(self._sock)

@@ -103,7 +103,7 @@ async def _serve(
     say: Say,
     memory: str,
 ) -> int:
-    provider = LocalMasterKeyProvider(lambda: actor.current)
+    provider = LocalMasterKeyProvider(actor)
     # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
     new_data_key = partial(os.urandom, KEY_BYTES)
     handlers = Handlers(provider, actor, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)

@@ -7,13 +7,13 @@ control-plane operations and every refusal are logged, never a token, plaintext,
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import logging
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
+from hmac import compare_digest
 from typing import Any, Final
 
 from kms.core import ciphertext
@@ -42,6 +42,9 @@ from kms.wire.messages import (
 
 log: Final = logging.getLogger("kms.audit")
 
+_DATA: Final = Plane.DATA
+"""A member of an enum looked up through its class, or as a key, is a Python call on Python 3.11: 0.1 us each."""
+
 Later = Callable[[], Awaitable[bytes]]
 """A reply that may wait for the disk. Nothing of it has begun until it is called, so it may be dropped until then."""
 
@@ -59,23 +62,24 @@ class Authenticator:
 
     def __init__(self, api_token: Secret, admin_token: Secret) -> None:
         """The tokens are not kept; the caller should wipe them."""
-        self._digests = {Plane.DATA: _digest(api_token), Plane.CONTROL: _digest(admin_token)}
-        self._principals = {Plane.DATA: Principal("api", Plane.DATA), Plane.CONTROL: Principal("admin", Plane.CONTROL)}
+        self._api = _digest(api_token), Principal("api", Plane.DATA), "invalid API token"
+        self._admin = _digest(admin_token), Principal("admin", Plane.CONTROL), "invalid admin token"
 
     def authenticate(self, plane: Plane, token: str) -> Principal:
         """The principal of `plane` if `token` is that plane's; raises `AuthFailedError`."""
+        digest, principal, refusal = self._api if plane is _DATA else self._admin
         try:
-            presented = hashlib.sha256(token.encode("utf-8")).digest()
+            presented = sha256(token.encode("utf-8")).digest()
         except UnicodeEncodeError:  # a lone surrogate, which no token has
             presented = b""
-        if hmac.compare_digest(presented, self._digests[plane]):
-            return self._principals[plane]
-        raise AuthFailedError("invalid API token" if plane is Plane.DATA else "invalid admin token")
+        if compare_digest(presented, digest):
+            return principal
+        raise AuthFailedError(refusal)
 
 
 def _digest(token: Secret) -> bytes:
     with token.view() as view:
-        return hashlib.sha256(view).digest()
+        return sha256(view).digest()
 
 
 def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any) -> None:
@@ -86,21 +90,21 @@ def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any
     """
     kind = type(request)
     group: str | None
-    if kind is Decrypt:
+    if kind is Encrypt or kind is GenerateDataKey:
+        group = group_of(request.key_id)
+    elif kind is Decrypt:
         group = ciphertext.group(request.ciphertext)
     elif kind is ReEncrypt:
-        _require(policy, principal, Operation.DECRYPT, ciphertext.group(request.ciphertext))
-        group = group_of(request.key_id)
-    elif kind is Encrypt or kind is GenerateDataKey:
+        if not policy.allows(principal, Operation.DECRYPT, ciphertext.group(request.ciphertext)):
+            raise UnauthorizedError(_FORBIDDEN)
         group = group_of(request.key_id)
     else:
         group = getattr(request, "key_id", None)
-    _require(policy, principal, request.operation, group)
+    if not policy.allows(principal, request.operation, group):
+        raise UnauthorizedError(_FORBIDDEN)
 
 
-def _require(policy: KeyAuthorizationPolicy, principal: Principal, operation: Operation, group: str | None) -> None:
-    if not policy.allows(principal, operation, group):
-        raise UnauthorizedError("the policy does not allow this operation on this key group")
+_FORBIDDEN: Final = "the policy does not allow this operation on this key group"
 
 
 class RequestPipeline:
@@ -118,10 +122,10 @@ class RequestPipeline:
             request = decode_request(line)
         except UndecodableRequestError as error:
             return self._refuse_undecodable(error, peer)
-        if request.plane is Plane.CONTROL:
+        if request.plane is not _DATA:
             return partial(self._serve_control, request, peer)
         try:
-            self._admit(request)
+            authorize(self._policy, self._authenticator.authenticate(_DATA, request.token), request)
             return encode(self._data_handlers[type(request)](request))
         except WireError as error:
             return _refused(request, peer, error)
@@ -130,7 +134,7 @@ class RequestPipeline:
 
     async def _serve_control(self, request: Request, peer: Peer) -> bytes:
         try:
-            self._admit(request)
+            authorize(self._policy, self._authenticator.authenticate(request.plane, request.token), request)
             reply = encode(await self._control_handlers[type(request)](request))
         except WireError as error:
             return _refused(request, peer, error)
@@ -138,10 +142,6 @@ class RequestPipeline:
             return _broken(request, peer, error)
         _record(request, peer, "ok")
         return reply
-
-    def _admit(self, request: Request) -> None:
-        principal = self._authenticator.authenticate(request.plane, request.token)
-        authorize(self._policy, principal, request)
 
     def frame_too_large(self, limit: int, peer: Peer) -> bytes:
         """The reply to a line over the limit, after which the connection is closed."""

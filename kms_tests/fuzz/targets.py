@@ -18,6 +18,7 @@ from dataclasses import dataclass, fields
 from functools import cache
 from io import BytesIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Final
 from unittest import mock
 
@@ -123,7 +124,7 @@ def _made_world() -> World:
     commands: list[Command] = [CreateGroup("default"), CreateGroup("billing"), *[RotateGroup("billing")] * 3]
     for command in commands:
         keyring = apply(keyring, command, now=1_700_000_000, mint=mint)
-    provider = LocalMasterKeyProvider(lambda: keyring)
+    provider = LocalMasterKeyProvider(SimpleNamespace(current=keyring))
     opens: dict[bytes, bytes] = {}
     for group in keyring.groups.values():
         for version in group.versions.values():

@@ -98,7 +98,7 @@ def test_both_make_the_same_ciphertext_and_take_each_others_apart(
     group: str, version: int, key: bytes, nonce: bytes, plaintext: bytes, aad: bytes
 ) -> None:
     theirs = independent.ciphertext(group, version, independent.seal(key, nonce, plaintext, aad))
-    ours = _key(key).seal_with_nonce(nonce, plaintext, aad, ciphertext.header(group, version))
+    ours = ciphertext.header(group, version) + _key(key).seal_with_nonce(nonce, plaintext, aad)
     assert ours == theirs
     assert ciphertext.parse(theirs) == independent.take_apart(ours)
 
