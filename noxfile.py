@@ -219,3 +219,10 @@ def vectors(session: nox.Session) -> None:
     """Known answers of NIST and the RFCs, and the formats against an independent reader and writer."""
     install(session, "vectors")
     session.run("pytest", "kms_tests/vectors", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """The benchmark, of a few minutes; `-- --help` says what it takes, `-- --short` only shows that it works."""
+    install(session, "bench")
+    session.run("python", "-m", "scripts.bench", *session.posargs)

@@ -22,8 +22,9 @@ DRAIN_TIMEOUT: Final = 5.0
 """What requests in flight get to finish after SIGTERM."""
 MAX_NESTING: Final = 32
 """Levels of objects and arrays in a request line, which itself needs one. Python's own bound differs by version."""
-READ_BYTES: Final = 1 << 16
-"""One read. Together with one frame it is all that a connection can make the server hold."""
+READ_BYTES: Final = 1 << 15
+"""One read. Together with one frame it is all that a connection can make the server hold. Less than what the allocator
+takes from the system and gives back each time."""
 TURN_REQUESTS: Final = 32
 """Requests of one connection that are answered before the others have their turn: about 0.15 ms of small ones."""
 ACCEPT_BACKLOG: Final = 512

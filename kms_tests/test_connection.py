@@ -10,7 +10,7 @@ from functools import partial
 
 import pytest
 import trio
-from trio.testing import MockClock
+from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kms.server.connection import Connection, ConnectionBounds
 from kms.server.middleware import Later, Peer
@@ -258,3 +258,64 @@ async def test_a_request_that_would_wait_for_the_disk_does_not_begin_when_its_cl
         await client.aclose()
         await connection.serve()
     assert begun == []
+
+
+async def test_a_client_that_pipelines_without_end_holds_another_up_for_two_turns_at_most() -> None:
+    greedy_ours, greedy = socket.socketpair()
+    modest_ours, modest = socket.socketpair()
+    order: list[bytes] = []
+
+    class Ordered(Echo):
+        def serve(self, line: bytes, peer: Peer) -> bytes:
+            order.append(line)
+            if len(order) == 100:
+                modest.sendall(b"modest\n")
+            return line
+
+    pipeline = Ordered()
+    with greedy_ours, greedy, modest_ours, modest:
+        for sock in (greedy_ours, modest_ours):
+            sock.settimeout(0)
+        greedy.sendall(b"x\n" * 2000)
+        greedy.shutdown(socket.SHUT_WR)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(Connection(greedy_ours, pipeline, Peer(1, "unix"), BOUNDS).serve)
+            nursery.start_soon(Connection(modest_ours, pipeline, Peer(2, "unix"), BOUNDS).serve)
+            while b"modest" not in order:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+    assert order.index(b"modest") - 100 <= 64
+
+
+async def test_a_client_that_takes_no_replies_makes_the_server_hold_the_replies_of_one_turn(
+    autojump_clock: MockClock,
+) -> None:
+    size = 1000
+    bounds = ConnectionBounds(max_frame_bytes=1 << 20, idle_timeout=30, write_timeout=10)
+
+    class Long(Echo):
+        def serve(self, line: bytes, peer: Peer) -> bytes:
+            self.served.append(line)
+            return bytes(size - 1)
+
+    pipeline = Long()
+    with connected(pipeline, bounds) as (connection, client, _):
+        client.socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 20)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"x\n" * 20_000)
+            await wait_all_tasks_blocked()
+            answered = len(pipeline.served) * size
+            assert answered < 20_000 * size, "it was not held up at all"
+            in_the_socket = 0
+            # Straight from the socket, so that the server does not go on meanwhile.
+            theirs = socket.socket(fileno=socket.dup(client.socket.fileno()))
+            theirs.settimeout(0)
+            while True:
+                try:
+                    in_the_socket += len(theirs.recv(1 << 20))
+                except BlockingIOError:
+                    break
+            theirs.close()
+            assert answered - in_the_socket <= 32 * size
+            nursery.cancel_scope.cancel()

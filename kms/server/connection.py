@@ -31,12 +31,6 @@ from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, READ_BYTES, TURN_REQUESTS,
 from kms.server.middleware import Later, Peer
 from kms.wire.framing import Framer
 
-_incoming = memoryview(bytearray(READ_BYTES))
-"""What is read lands here, for all connections: it is taken out before anything else runs.
-
-A `recv` makes a buffer of the most it might read, which the allocator would map and unmap each time.
-"""
-
 _LINGER_SECONDS = 1.0
 _LINGER_READS = 64
 
@@ -98,10 +92,9 @@ class Connection:
         while not self._draining:
             await trio.lowlevel.wait_readable(sock)
             try:
-                size = sock.recv_into(_incoming)
+                data = sock.recv(READ_BYTES)
             except BlockingIOError:
                 continue
-            data = bytes(_incoming[:size])
             frames = framer.feed(data) if data else framer.finish()
             if frames or framer.too_large:
                 self._waiting = False

@@ -1,0 +1,1 @@
+"""The parts of the benchmark that `scripts/bench.py` runs."""
