@@ -89,6 +89,8 @@ def main(
     if short:
         rounds, seconds, file_mib, items = 1, 0.1, 16, 1_000
     console, progress = Console(), Console(stderr=True)
+    # In a narrower terminal the lines wrap, which reads better than columns cut to two letters.
+    console.width = max(console.width, 120)
     figures = report.Figures()
     bench = Bench()
     try:

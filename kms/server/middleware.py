@@ -43,7 +43,7 @@ from kms.wire.messages import (
 log: Final = logging.getLogger("kms.audit")
 
 _DATA: Final = Plane.DATA
-"""A member of an enum looked up through its class, or as a key, is a Python call on Python 3.11: 0.1 us each."""
+"""Looked up through its class, a member of an enum takes 0.1 us on Python 3.11."""
 
 Later = Callable[[], Awaitable[bytes]]
 """A reply that may wait for the disk. Nothing of it has begun until it is called, so it may be dropped until then."""

@@ -82,18 +82,14 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
     for name, value in machine.items():
         console.print(f"{name:10} {value}", highlight=False)
     if figures.data_plane:
-        table = _table("Data plane: rates per second, times in us", "operation", "over", "shape")
-        for column in ("replies", "echo", "ratio", "low-high", "p50", "p99", "max", "CPU each", "RSS MiB", "load busy"):
+        table = _table("Data plane: replies per second, times in us", "what", "replies", "of the echo's")
+        for column in ("p50", "p99", "max", "CPU each", "RSS, MiB", "load busy"):
             table.add_column(column, justify="right")
         for row in figures.data_plane:
             table.add_row(
-                row.operation,
-                row.transport,
-                f"{row.connections}x{row.depth}",
+                f"{row.transport} {row.operation} {row.connections}x{row.depth}",
                 f"{row.rate:,.0f}",
-                f"{row.echo_rate:,.0f}",
-                f"{row.ratio:.2f}",
-                f"{row.ratio_low:.2f}-{row.ratio_high:.2f}",
+                f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
                 f"{row.p50:,.0f}",
                 f"{row.p99:,.0f}",
                 f"{row.max:,.0f}",
@@ -181,7 +177,7 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right")
+        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
     return table
 
 
