@@ -124,7 +124,8 @@ def _made_world() -> World:
     commands: list[Command] = [CreateGroup("default"), CreateGroup("billing"), *[RotateGroup("billing")] * 3]
     for command in commands:
         keyring = apply(keyring, command, now=1_700_000_000, mint=mint)
-    provider = LocalMasterKeyProvider(SimpleNamespace(current=keyring))
+    holder = SimpleNamespace(current=keyring)
+    provider = LocalMasterKeyProvider(holder)
     opens: dict[bytes, bytes] = {}
     for group in keyring.groups.values():
         for version in group.versions.values():
@@ -133,7 +134,7 @@ def _made_world() -> World:
             opens[version.key.seal(plaintext, AAD, version.ciphertext_header)] = plaintext
     shut = [blob for blob in opens if ciphertext.parse(blob)[:2] in (("billing", 1), ("billing", 2))]
     for change in (DestroyVersion("billing", 1), DisableVersion("billing", 2)):
-        keyring = apply(keyring, change, now=1_700_000_001, mint=mint)
+        holder.current = keyring = apply(keyring, change, now=1_700_000_001, mint=mint)
     for blob in shut:
         del opens[blob]
     return World(keyring.next_generation(), keys, _pipeline(provider), provider, opens, tuple(shut))
