@@ -16,8 +16,6 @@ DEVELOPMENT = Path(".dev")
 UNIT_TESTS = ("pytest", "--ignore-glob=kms_tests/*/*")
 """What lies in the directories under kms_tests/ drives real programs or takes long, and has sessions of its own."""
 INTEGRATION_TESTS = ("pytest", "kms_tests/integration")
-SEPARATE_TESTS = ("--ignore=kms_tests/fuzz", "--ignore=kms_tests/vectors")
-"""What needs packages that no other session has."""
 FUZZ_VERSIONS = ("3.13", "3.12", "3.11")
 """Where atheris has wheels; elsewhere it takes a clang with libFuzzer to build."""
 
@@ -118,7 +116,8 @@ def coverage(session: nox.Session) -> None:
     """How much of the package the unit and integration tests reach, subprocesses included."""
     install(session, "coverage")
     session.run("coverage", "erase")
-    session.run("coverage", "run", "-m", "pytest", "kms_tests", *SEPARATE_TESTS, *session.posargs)
+    session.run("coverage", "run", "-m", *UNIT_TESTS, *session.posargs)
+    session.run("coverage", "run", "-m", *INTEGRATION_TESTS, *session.posargs)
     session.run("coverage", "combine")
     session.run("coverage", "report", "--fail-under=95")
 
