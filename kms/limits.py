@@ -22,7 +22,7 @@ DRAIN_TIMEOUT: Final = 5.0
 """What requests in flight get to finish after SIGTERM."""
 MAX_NESTING: Final = 32
 """Levels of objects and arrays in a request line, which itself needs one. Python's own bound differs by version."""
-READ_BYTES: Final = 1 << 15
+READ_BYTES: Final = 1 << 14
 """One read. Together with one frame it is all that a connection can make the server hold. Less than what the allocator
 takes from the system and gives back each time."""
 TURN_REQUESTS: Final = 32

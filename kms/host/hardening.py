@@ -14,12 +14,15 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from kms.limits import READ_BYTES
+
 _PR_SET_DUMPABLE: Final = 4
 _MCL_CURRENT: Final = 1
 _MCL_FUTURE: Final = 2
 _MCL_ONFAULT: Final = 4
 _M_MMAP_THRESHOLD: Final = -3
-_LARGE_BYTES: Final = 1 << 16
+_LARGE_BYTES: Final = READ_BYTES + 1024
+"""Just above one read: those are taken and freed for each request, and would be mapped and unmapped each time."""
 
 
 def forbid_dumps() -> None:
