@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from kms.core import ciphertext
-from kms.core.ciphertext import Ciphertext
 from kms.core.envelope import HEADER_BYTES, EnvelopeKey, StreamOpener
 from kms.core.keyring import KeyVersion, VersionStatus
 from kms.keystore import document, legacy
@@ -43,10 +42,8 @@ def _decode_slowly(line: bytes) -> messages.Request:
     return messages.decode_request(line)
 
 
-def _parse_without_looking(blob: bytes) -> Ciphertext:
-    name_end = 2 + blob[1]
-    version = int.from_bytes(blob[name_end : name_end + 8], "big")
-    return Ciphertext(blob[2:name_end].decode("utf-8"), version, blob[name_end + 8 :])
+def _group_without_looking(blob: bytes) -> str:
+    return blob[2 : 2 + blob[1]].decode("utf-8")
 
 
 def _open_without_tag(self: EnvelopeKey, envelope: bytes, aad: bytes) -> bytes:
@@ -66,7 +63,7 @@ MUTANTS: Final = {
         "long-line", "SlowError", _replacing(targets, "decode_request", _decode_slowly)
     ),
     "a ciphertext taken apart without looking at its length": Mutant(
-        "ciphertext", "IllegalError", _replacing(ciphertext, "parse", _parse_without_looking)
+        "ciphertext", "IllegalError", _replacing(ciphertext, "group", _group_without_looking)
     ),
     "an envelope whose tag is not verified": Mutant(
         "ciphertext", "ForgedError", _replacing(EnvelopeKey, "open", _open_without_tag)
