@@ -124,6 +124,8 @@ def main(
         bench.close()
     machine_ = machine()
     report.show(console, figures, machine_)
+    if not short:
+        report.show_targets(console, figures)
     if json_path is not None:
         everything: dict[str, Any] = {"machine": machine_, "rounds": rounds, "seconds": seconds}
         json_path.write_text(json.dumps(everything | msgspec.to_builtins(figures), indent=1) + "\n", encoding="utf-8")
