@@ -47,6 +47,26 @@ TOKEN_BYTES: Final = 32
 KEY_BYTES: Final = 32
 """AES-256: root key, KEK and DEK."""
 
+# Principals. What a person writes is far below these; a file above them is not one that a person wrote.
+
+MAX_PRINCIPALS_BYTES: Final = 1 << 20
+MAX_PRINCIPALS: Final = 1000
+MAX_TOKENS_PER_PRINCIPAL: Final = 8
+"""Two rotate without a gap; more are forgotten ones."""
+MAX_IDS_PER_PRINCIPAL: Final = 64
+"""Unix uids, and as many gids."""
+MAX_RULES_PER_PRINCIPAL: Final = 64
+"""Allow rules, and as many deny rules."""
+MAX_GLOBS_PER_RULE: Final = 64
+"""Each is compared with a name that is asked for the first time."""
+MAX_AAD_PREFIX_BYTES: Final = 1024
+MAX_UNIX_ID: Final = (1 << 32) - 2
+"""uid_t and gid_t have 32 bits, and -1 is nobody's."""
+NOBODY_ID: Final = 65534
+"""What Linux gives for each user or group that a user namespace has no number for: the overflow id."""
+MAX_DECISIONS_KEPT: Final = 1024
+"""Of each principal: (operation, group) pairs whose outcome is kept, 400 bytes each at the most."""
+
 # Argon2id. The parameters in a keystore are read before they can be authenticated, so they are bounded.
 
 KDF_MEMORY_KIB: Final = 64 * 1024

@@ -47,6 +47,10 @@ class Store:
         self.saved.append(keyring)
 
 
+def permitted() -> None:
+    """A permit that is never withdrawn."""
+
+
 @asynccontextmanager
 async def running(store: Store, clock: Callable[[], int] = lambda: 7) -> AsyncIterator[KeyringActor]:
     actor = KeyringActor(EMPTY, store, clock=clock)
@@ -63,7 +67,7 @@ async def in_the_middle_of_a_save(store: Store) -> None:
 async def test_a_mutation_is_published_and_answered_after_its_save() -> None:
     store = Store()
     async with running(store) as actor:
-        group = await actor.create_group("a")
+        group = await actor.create_group("a", permitted)
         assert actor.current is store.saved[-1]
         assert actor.current.groups["a"] is group
         assert (group.created_at, actor.current.generation) == (7, 1)
@@ -73,7 +77,7 @@ async def test_nothing_is_published_while_the_save_runs() -> None:
     store = Store()
     async with running(store) as actor, trio.open_nursery() as nursery:
         store.gate.clear()
-        nursery.start_soon(actor.create_group, "a")
+        nursery.start_soon(actor.create_group, "a", permitted)
         await in_the_middle_of_a_save(store)
         assert actor.current is EMPTY
         store.gate.set()
@@ -84,10 +88,10 @@ async def test_mutations_that_wait_share_one_save() -> None:
     async with running(store) as actor:
         async with trio.open_nursery() as nursery:
             store.gate.clear()
-            nursery.start_soon(actor.create_group, "first")
+            nursery.start_soon(actor.create_group, "first", permitted)
             await in_the_middle_of_a_save(store)
             for number in range(20):
-                nursery.start_soon(actor.create_group, f"g{number}")
+                nursery.start_soon(actor.create_group, f"g{number}", permitted)
             await trio.testing.wait_all_tasks_blocked()
             store.gate.set()
         assert len(store.saved) == 2
@@ -102,7 +106,7 @@ async def test_a_refused_mutation_does_not_spoil_its_neighbours() -> None:
 
         async def create(name: str) -> None:
             try:
-                await actor.create_group(name)
+                await actor.create_group(name, permitted)
             except InvalidRequestError:
                 refused.append(name)
 
@@ -116,24 +120,24 @@ async def test_a_refused_mutation_does_not_spoil_its_neighbours() -> None:
 async def test_a_mutation_that_changes_nothing_saves_nothing() -> None:
     store = Store()
     async with running(store) as actor:
-        await actor.create_group("a")
-        await actor.enable_version("a", 1)
+        await actor.create_group("a", permitted)
+        await actor.enable_version("a", 1, permitted)
         assert len(store.saved) == 1
 
 
 async def test_a_failed_save_leaves_the_old_keyring_and_the_next_mutation_tries_afresh() -> None:
     store = Store()
     async with running(store) as actor:
-        await actor.create_group("a")
+        await actor.create_group("a", permitted)
         before = actor.current
         store.failure = SaveFailedError("no space")
         with pytest.raises(InternalError, match="nothing was changed"):
-            await actor.rotate_group("a")
+            await actor.rotate_group("a", permitted)
         assert actor.current is before
         with pytest.raises(DecryptionFailedError):  # the key of the mutation that did not happen is wiped
             store.minted[-1].seal(b"", b"")
         store.failure = None
-        assert (await actor.rotate_group("a")).active.version == 2
+        assert (await actor.rotate_group("a", permitted)).active.version == 2
 
 
 async def test_a_save_of_unknown_outcome_stops_the_actor_and_answers_no_ok() -> None:
@@ -142,7 +146,7 @@ async def test_a_save_of_unknown_outcome_stops_the_actor_and_answers_no_ok() -> 
 
     async def create(actor: KeyringActor) -> None:
         try:
-            await actor.create_group("a")
+            await actor.create_group("a", permitted)
         except InternalError as error:
             answers.append(error)
 
@@ -164,7 +168,7 @@ async def test_a_bug_in_a_save_is_not_answered_with_ok() -> None:
 
         async def create() -> None:
             with pytest.raises(InternalError):
-                await actor.create_group("a")
+                await actor.create_group("a", permitted)
 
         nursery.start_soon(create)
         with pytest.raises(RuntimeError):
@@ -176,11 +180,11 @@ async def test_a_client_that_dies_while_its_mutation_is_saved_neither_cancels_no
     async with running(store) as actor:
         store.gate.clear()
         async with trio.open_nursery() as client:
-            client.start_soon(actor.create_group, "a")
+            client.start_soon(actor.create_group, "a", permitted)
             await in_the_middle_of_a_save(store)
             client.cancel_scope.cancel()
         store.gate.set()
-        await actor.create_group("b")
+        await actor.create_group("b", permitted)
         assert set(store.saved[-1].groups) == {"a", "b"}
 
 
@@ -189,12 +193,12 @@ async def test_a_mutation_cancelled_while_it_is_being_sent_never_ran() -> None:
     async with running(store) as actor:
         store.gate.clear()
         async with trio.open_nursery() as nursery:
-            nursery.start_soon(actor.create_group, "a")
+            nursery.start_soon(actor.create_group, "a", permitted)
             await in_the_middle_of_a_save(store)
             with trio.move_on_after(0.01):
-                await actor.create_group("never")
+                await actor.create_group("never", permitted)
             store.gate.set()
-        await actor.create_group("b")
+        await actor.create_group("b", permitted)
         assert set(actor.current.groups) == {"a", "b"}
 
 
@@ -203,7 +207,7 @@ async def test_what_was_taken_is_finished_after_the_server_is_cancelled() -> Non
     actor = KeyringActor(EMPTY, store, clock=lambda: 0)
     async with trio.open_nursery() as nursery:
         nursery.start_soon(actor.run)
-        nursery.start_soon(actor.create_group, "a")
+        nursery.start_soon(actor.create_group, "a", permitted)
         store.gate.clear()
         await in_the_middle_of_a_save(store)
         nursery.cancel_scope.cancel()
@@ -216,23 +220,23 @@ async def test_after_close_a_mutation_is_refused() -> None:
     async with running(Store()) as actor:
         actor.close()
         with pytest.raises(InternalError, match="stopping"):
-            await actor.create_group("a")
+            await actor.create_group("a", permitted)
 
 
 async def test_a_destroyed_key_is_wiped_only_after_the_save() -> None:
     store = Store()
     async with running(store) as actor:
-        await actor.create_group("a")
-        await actor.rotate_group("a")
+        await actor.create_group("a", permitted)
+        await actor.rotate_group("a", permitted)
         key = actor.current.groups["a"].versions[1].key
         assert key is not None
         sealed = key.seal(b"x", b"")
         store.failure = SaveFailedError("no space")
         with pytest.raises(InternalError):
-            await actor.destroy_version("a", 1)
+            await actor.destroy_version("a", 1, permitted)
         assert key.open(sealed, b"") == b"x", "the destruction did not happen, so the key must still be there"
         store.failure = None
-        await actor.destroy_version("a", 1)
+        await actor.destroy_version("a", 1, permitted)
         assert actor.list_groups()[0].versions[1].status is VersionStatus.DESTROYED
         with pytest.raises(DecryptionFailedError):
             key.open(sealed, b"")
@@ -241,11 +245,11 @@ async def test_a_destroyed_key_is_wiped_only_after_the_save() -> None:
 async def test_a_version_disabled_and_enabled_keeps_its_key() -> None:
     store = Store()
     async with running(store) as actor:
-        await actor.create_group("a")
-        await actor.rotate_group("a")
+        await actor.create_group("a", permitted)
+        await actor.rotate_group("a", permitted)
         key = actor.current.groups["a"].versions[1].key
-        await actor.disable_version("a", 1)
-        await actor.enable_version("a", 1)
+        await actor.disable_version("a", 1, permitted)
+        await actor.enable_version("a", 1, permitted)
         assert actor.current.groups["a"].versions[1].key is key
         assert key is not None
         key.seal(b"x", b"")

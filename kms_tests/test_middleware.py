@@ -26,6 +26,7 @@ from kms.core.keyring import (
     apply,
 )
 from kms.core.policy import AllowAll, KeyAuthorizationPolicy, Operation, Principal
+from kms.core.provider import Permit
 from kms.core.secret import Secret
 from kms.host.entropy import random_key
 from kms.limits import MAX_FRAME_BYTES
@@ -55,19 +56,24 @@ class Manager:
         self.current = apply(self.current, command, now=2, mint=mint)
         return self.current.groups[command.group]
 
-    async def create_group(self, group: str) -> KeyGroup:
+    async def create_group(self, group: str, permit: Permit) -> KeyGroup:
+        permit()
         return self._apply(CreateGroup(group))
 
-    async def rotate_group(self, group: str) -> KeyGroup:
+    async def rotate_group(self, group: str, permit: Permit) -> KeyGroup:
+        permit()
         return self._apply(RotateGroup(group))
 
-    async def disable_version(self, group: str, version: int) -> KeyGroup:
+    async def disable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        permit()
         return self._apply(DisableVersion(group, version))
 
-    async def enable_version(self, group: str, version: int) -> KeyGroup:
+    async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        permit()
         return self._apply(EnableVersion(group, version))
 
-    async def destroy_version(self, group: str, version: int) -> KeyGroup:
+    async def destroy_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        permit()
         return self._apply(DestroyVersion(group, version))
 
     def list_groups(self) -> Sequence[KeyGroup]:
@@ -86,8 +92,8 @@ class Server:
         authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
         self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll())
 
-    def line(self, line: bytes) -> dict[str, Any]:
-        answer = self.pipeline.serve(line, PEER)
+    def line(self, line: bytes, peer: Peer = PEER) -> dict[str, Any]:
+        answer = self.pipeline.serve(line, peer)
         if not isinstance(answer, bytes):
             answer = _finish(answer())
         reply: dict[str, Any] = json.loads(answer)
@@ -332,7 +338,7 @@ class Only:
     def __init__(self, *allowed: tuple[Operation, str | None]) -> None:
         self.allowed = allowed
 
-    def allows(self, principal: Principal, operation: Operation, group: str | None) -> bool:
+    def allows(self, principal: Principal, operation: Operation, group: str | None, aad: bytes) -> bool:
         return (operation, group) in self.allowed
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -21,10 +22,20 @@ from kms.cli.options import (
     epilog,
     examples,
     json_option,
+    no_token_option,
+    utf8,
     version_option,
 )
 from kms.cli.run import one_line, run, stop_signals_raise
-from kms.errors import ConfigError, FileAccessError, InputMissingError, SaveOutcomeUnknownError
+from kms.core.policy import Operation
+from kms.errors import (
+    EXIT_OK,
+    EXIT_REFUSED,
+    ConfigError,
+    FileAccessError,
+    InputMissingError,
+    SaveOutcomeUnknownError,
+)
 from kms.host.hardening import forbid_dumps
 from kms.limits import MAX_VERSION, TOKEN_BYTES
 from kms.server.config import ServerConfig, data_directory, resolve
@@ -55,24 +66,32 @@ _passphrase_file = click.option(
         "kms-admin create-key --key billing",
         "kms-admin rotate-key --key billing",
         "kms-admin --json list-keys | jq .keyGroups",
+        "kms-admin new-token billing > billing.token",
     )
 )
 @address_options
 @click.option(
     "--admin-token-file", type=PATH, metavar="PATH", help="Admin token. [MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]"
 )
+@no_token_option
 @json_option
 @version_option
 @click.pass_context
 def command(
-    context: click.Context, tcp: str | None, unix: str | None, admin_token_file: str | None, *, as_json: bool
+    context: click.Context,
+    tcp: str | None,
+    unix: str | None,
+    admin_token_file: str | None,
+    *,
+    no_token: bool,
+    as_json: bool,
 ) -> None:
     """Set up mini-kms and manage its keys.
 
     The admin token comes from MINIKMS_ADMIN_TOKEN, else from its file, else you are asked for it. The server is found
     at its Unix socket if that exists, else at 127.0.0.1:9123.
     """
-    context.obj = Settings(tcp, unix, admin_token_file, as_json)
+    context.obj = Settings(tcp, unix, admin_token_file, as_json, no_token)
 
 
 @command.command("list-keys", epilog=examples("kms-admin list-keys | grep ACTIVE"))
@@ -222,23 +241,85 @@ def _write_token(path: Path, made: list[Path]) -> None:
 
     Whole or not at all: of one that a power cut has cut short, the rest could be guessed.
     """
-    from kms.core.secret import Secret
     from kms.host.durable import DurableFile, remove_stale_temp_files
-    from kms.host.entropy import random_secret
     from kms.host.private import make_private_directory
 
     if not path.parent.exists():
         make_private_directory(path.parent)
     try:
         remove_stale_temp_files(path)
-        with random_secret(_TOKEN_CHARACTERS) as random, random.view() as octets, DurableFile(path) as file:
-            with Secret(bytearray(_ALPHABET[octet % len(_ALPHABET)] for octet in octets)) as token, token.view() as view:
-                file.write(view)
+        with DurableFile(path) as file:
+            with _fresh_token() as token:
+                file.write(token)
             file.write(b"\n")
             made.append(path)
             file.commit()
     except OSError as error:
         raise FileAccessError(f"cannot make {path}: {error.strerror}; nothing was kept") from error
+
+
+@contextlib.contextmanager
+def _fresh_token() -> Iterator[memoryview]:
+    """A token that nobody has had, for as long as this is open."""
+    from kms.core.secret import Secret
+    from kms.host.entropy import random_secret
+
+    with (
+        random_secret(_TOKEN_CHARACTERS) as random,
+        random.view() as octets,
+        Secret(bytearray(_ALPHABET[octet % len(_ALPHABET)] for octet in octets)) as token,
+        token.view() as view,
+    ):
+        yield view
+
+
+@command.command("new-token", epilog=examples("kms-admin new-token billing > billing.token"))
+@click.argument("name")
+@click.pass_obj
+def new_token(settings: Settings, name: str) -> None:
+    """Print a fresh token for the principal NAME, once, and on standard error the line for the file of principals.
+
+    Needs no server, and writes nothing: the token is on standard output alone.
+    """
+    from hashlib import sha256
+
+    from kms.server.principals import check_name
+
+    check_name(name)
+    with _fresh_token() as token:
+        digest = sha256(token).hexdigest()
+        if settings.json:
+            render.document(principal=name, token=str(token, "ascii"), tokenSha256=digest)
+            return
+        click.echo(f'token_sha256 = ["{digest}"]', err=True)
+        render.octets(token)
+
+
+@command.command(epilog=examples("kms-admin explain --principal billing --operation Decrypt --key billing-2026"))
+@click.option("--principal", metavar="NAME", required=True, help="Who asks.")
+@click.option("--operation", type=click.Choice([one.value for one in Operation]), required=True, help="For what.")
+@_key
+@click.option("--aad", metavar="TEXT", default="", help="The AAD of the request.")
+@click.option("--principals", type=PATH, metavar="PATH", help="[MINIKMS_PRINCIPALS or <data>/principals.toml]")
+@click.pass_obj
+def explain(settings: Settings, principal: str, operation: str, key: str, aad: str, principals: str | None) -> int:
+    """Say which rule of the file of principals allows or refuses an operation; the exit code is 0 or 1.
+
+    Needs no server: the file is read as it is, which a server does only at its start and on SIGHUP. ReEncrypt needs
+    Decrypt on the group it moves from, too.
+    """
+    from kms.server.principals import load
+
+    file = load(resolve({"principals": principals}, os.environ).principals)
+    member = file.members.get(principal)
+    if member is None:
+        raise ConfigError(f"{file.path} has no principal of this name; it has {', '.join(file.members) or 'none'}")
+    verdict = member.grants.explain(Operation(operation), key, utf8("--aad", aad))
+    if settings.json:
+        render.document(allowed=verdict.allowed, rule=verdict.rule, reason=verdict.reason)
+    else:
+        render.text(f"{'allowed' if verdict.allowed else 'refused'}: {verdict.reason}")
+    return EXIT_OK if verdict.allowed else EXIT_REFUSED
 
 
 @command.command("change-passphrase", epilog=examples("kms-admin change-passphrase --keystore ~/.mini-kms/keystore.json"))

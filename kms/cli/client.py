@@ -20,6 +20,7 @@ from kms.cli.options import (
     epilog,
     examples,
     json_option,
+    no_token_option,
     read_bounded,
     stream_or_path,
     utf8,
@@ -55,16 +56,19 @@ _aad = click.option(
 )
 @address_options
 @click.option("--token-file", type=PATH, metavar="PATH", help="API token. [MINIKMS_API_TOKEN_FILE or <data>/api.token]")
+@no_token_option
 @json_option
 @version_option
 @click.pass_context
-def command(context: click.Context, tcp: str | None, unix: str | None, token_file: str | None, *, as_json: bool) -> None:
+def command(
+    context: click.Context, tcp: str | None, unix: str | None, token_file: str | None, *, no_token: bool, as_json: bool
+) -> None:
     """Encrypt and decrypt with keys that never leave the server.
 
     The token comes from MINIKMS_API_TOKEN, else from its file, else you are asked for it. The server is found at its
     Unix socket if that exists, else at 127.0.0.1:9123.
     """
-    context.obj = Settings(tcp, unix, token_file, as_json)
+    context.obj = Settings(tcp, unix, token_file, as_json, no_token)
 
 
 @command.command(epilog=examples("kms-client health && echo up"))

@@ -37,6 +37,7 @@ class Settings:
     unix: str | None
     token_file: str | None
     json: bool
+    no_token: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,11 @@ def address_options(command: F) -> F:
     )
     tcp = click.option("--tcp", metavar="HOST:PORT", help="TCP address of the server; a loopback address only.")
     return tcp(unix(command))
+
+
+def no_token_option(command: F) -> F:
+    """`--no-token`."""
+    return click.option("--no-token", is_flag=True, help="Be known by your user id; over a Unix socket only.")(command)
 
 
 def json_option(command: F) -> F:
@@ -156,13 +162,27 @@ def connected(settings: Settings, plane: Plane) -> Iterator[tuple[KmsClient, Sec
     from kms.client.blocking import KmsClient
 
     address = find_server(settings.tcp, settings.unix, os.environ)
-    with obtain(plane.name, plane.variable, token_file(settings.token_file, plane), plane.option) as token:
+    if settings.no_token and address.unix is None:
+        raise ConfigError("--no-token: the server knows a user id only over a Unix socket; give --unix PATH")
+    if settings.no_token and settings.token_file is not None:
+        raise ConfigError(f"--no-token and {plane.option} exclude each other; give one")
+    with _no_token() if settings.no_token else _token_of(settings, plane) as token:
         if address.unix is not None:
             client = KmsClient.connect_unix(address.unix, token=token)
         else:
             client = KmsClient.connect_tcp(address.host, address.port, token=token)
         with client:
             yield client, token
+
+
+def _token_of(settings: Settings, plane: Plane) -> Secret:
+    return obtain(plane.name, plane.variable, token_file(settings.token_file, plane), plane.option)
+
+
+def _no_token() -> Secret:
+    from kms.core.secret import Secret
+
+    return Secret(bytearray())
 
 
 def token_file(flag: str | None, plane: Plane) -> Path | None:

@@ -34,6 +34,14 @@ def text(line: str) -> None:
     click.echo(one_line(line))
 
 
+def octets(line: memoryview) -> None:
+    """`line` and a line end, as it is: a secret in a buffer does not become a string on its way out."""
+    sys.stdout.flush()
+    sys.stdout.buffer.write(line)
+    sys.stdout.buffer.write(b"\n")
+    sys.stdout.buffer.flush()
+
+
 def key_groups(groups: list[KeyGroupView]) -> None:
     """The versions of `groups`: a table at a terminal; else `group, version, state, created`, tab-separated."""
     if _is_terminal(sys.stdout):

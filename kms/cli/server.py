@@ -7,6 +7,7 @@ import hashlib
 import hmac
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Any, Final
@@ -43,6 +44,15 @@ PROGRAM: Final = "kms-server"
     metavar="PATH",
     help="[MINIKMS_PASSPHRASE_FILE or $CREDENTIALS_DIRECTORY/passphrase; else asked for]",
 )
+@click.option(
+    "--unix-socket-group", metavar="GROUP", help="Who else may connect to the Unix socket. [MINIKMS_UNIX_SOCKET_GROUP]"
+)
+@click.option(
+    "--principals",
+    type=PATH,
+    metavar="PATH",
+    help="Who may do what; read again on SIGHUP. [MINIKMS_PRINCIPALS or <data>/principals.toml if it exists]",
+)
 @click.option("--max-frame-bytes", metavar="N", help="Longest request line. [MINIKMS_MAX_FRAME_BYTES or 1048576]")
 @click.option("--idle-timeout-ms", metavar="N", help="Until an idle client is cut off. [MINIKMS_IDLE_TIMEOUT_MS or 30000]")
 @click.option("--max-connections", metavar="N", help="Over both listeners. [MINIKMS_MAX_CONNECTIONS or 256]")
@@ -51,6 +61,8 @@ PROGRAM: Final = "kms-server"
 @version_option
 def command(**flags: Any) -> int:
     """Serve keys on loopback TCP and a Unix socket until SIGINT or SIGTERM.
+
+    SIGHUP reads the file of principals again; what cannot be used changes nothing.
 
     A first run makes the keystore. Secrets are never flags: MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and
     MINIKMS_ADMIN_TOKEN win over the files; what neither gives is asked for. <data> is $XDG_DATA_HOME/mini-kms or
@@ -62,6 +74,8 @@ def command(**flags: Any) -> int:
         # Only until the daemon runs: it has its own way to stop.
         with stop_signals_raise():
             api, admin, passphrase = _secrets(config, secrets)
+        # To the daemon it means to reload; nor may one kill it that comes before it listens for signals, or after.
+        secrets.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
         from kms.core.derive import KdfParameters
         from kms.server import daemon
 

@@ -6,7 +6,7 @@ one new class that implements one of these.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kms.core.ciphertext import Ciphertext
@@ -25,20 +25,25 @@ class MasterKeyProvider(Protocol):
         ...
 
 
+Permit = Callable[[], None]
+"""Raises the `WireError` of a caller who may not do what it asked, or may no longer."""
+
+
 class KeyringManager(Protocol):
     """Changes keys, for the control plane. What it answers is durable before it answers.
 
-    Each raises `InvalidRequestError` when the group or version does not exist or the change is refused.
+    Each raises `InvalidRequestError` when the group or version does not exist or the change is refused. `permit` is
+    called when the change is taken up, which may be a save later than it was asked for: what it raises is the answer.
     """
 
-    async def create_group(self, group: str) -> KeyGroup: ...
+    async def create_group(self, group: str, permit: Permit) -> KeyGroup: ...
 
-    async def rotate_group(self, group: str) -> KeyGroup: ...
+    async def rotate_group(self, group: str, permit: Permit) -> KeyGroup: ...
 
-    async def disable_version(self, group: str, version: int) -> KeyGroup: ...
+    async def disable_version(self, group: str, version: int, permit: Permit) -> KeyGroup: ...
 
-    async def enable_version(self, group: str, version: int) -> KeyGroup: ...
+    async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup: ...
 
-    async def destroy_version(self, group: str, version: int) -> KeyGroup: ...
+    async def destroy_version(self, group: str, version: int, permit: Permit) -> KeyGroup: ...
 
     def list_groups(self) -> Sequence[KeyGroup]: ...

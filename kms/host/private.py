@@ -63,6 +63,27 @@ def _make_directory(path: Path) -> bool:
     return True
 
 
+def check_shared_directory(path: Path, gid: int) -> None:
+    """Check that the group `gid` may enter the directory `path`, and that nobody but its owner may write to it.
+
+    Raises `SecretFileError` with the command that mends it, `FileAccessError` when it cannot be looked at.
+    """
+    # Not made when it is missing: whom else its parents let in is for a person to say.
+    remedy = f"make it with: install -d -m 0710 -g {gid} {path}"
+    try:
+        state = path.stat()
+    except FileNotFoundError:
+        raise FileAccessError(f"there is no directory {path}; {remedy}") from None
+    except OSError as error:
+        raise FileAccessError(f"cannot look at the directory {path}: {error.strerror}") from error
+    if state.st_uid not in (os.geteuid(), 0):
+        raise SecretFileError(f"the directory {path} belongs to another user; choose one of your own: {remedy}")
+    if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise SecretFileError(f"other users may write to the directory {path}; choose one of your own: {remedy}")
+    if not (state.st_mode & stat.S_IXOTH or (state.st_mode & stat.S_IXGRP and state.st_gid == gid)):
+        raise SecretFileError(f"the group {gid} may not enter the directory {path}; {remedy}")
+
+
 def open_private(path: Path) -> int:
     """A read-only descriptor of a private regular file.
 

@@ -7,6 +7,9 @@ completes all the same.
 
 Commands that arrive while a save runs share the next one (group commit). Each still gets its own answer: one that the
 rules refuse does not spoil its neighbours.
+
+Whoever asked may have lost the right to while the command waited, so its `permit` is called when the command is taken
+up. From there to the save nothing waits: a right taken away later comes too late for this one change.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ from kms.core.keyring import (
     RotateGroup,
     transition,
 )
+from kms.core.provider import Permit
 from kms.errors import InternalError, KmsError, SaveFailedError, SaveOutcomeUnknownError
 from kms.limits import GROUP_COMMIT_MAX
 
@@ -50,10 +54,11 @@ class KeyringStore(Protocol):
 class _Submission:
     """A command under way, and in the end its answer."""
 
-    __slots__ = ("answer", "command", "done")
+    __slots__ = ("answer", "command", "done", "permit")
 
-    def __init__(self, command: Command) -> None:
+    def __init__(self, command: Command, permit: Permit) -> None:
         self.command = command
+        self.permit = permit
         self.done = trio.Event()
         self.answer: KeyGroup | KmsError = InternalError("the server stopped before this was done")
 
@@ -68,20 +73,20 @@ class KeyringActor:
         self._clock = clock
         self._send, self._receive = trio.open_memory_channel[_Submission](0)
 
-    async def create_group(self, group: str) -> KeyGroup:
-        return await self._submit(CreateGroup(group))
+    async def create_group(self, group: str, permit: Permit) -> KeyGroup:
+        return await self._submit(CreateGroup(group), permit)
 
-    async def rotate_group(self, group: str) -> KeyGroup:
-        return await self._submit(RotateGroup(group))
+    async def rotate_group(self, group: str, permit: Permit) -> KeyGroup:
+        return await self._submit(RotateGroup(group), permit)
 
-    async def disable_version(self, group: str, version: int) -> KeyGroup:
-        return await self._submit(DisableVersion(group, version))
+    async def disable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        return await self._submit(DisableVersion(group, version), permit)
 
-    async def enable_version(self, group: str, version: int) -> KeyGroup:
-        return await self._submit(EnableVersion(group, version))
+    async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        return await self._submit(EnableVersion(group, version), permit)
 
-    async def destroy_version(self, group: str, version: int) -> KeyGroup:
-        return await self._submit(DestroyVersion(group, version))
+    async def destroy_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        return await self._submit(DestroyVersion(group, version), permit)
 
     def list_groups(self) -> Sequence[KeyGroup]:
         return tuple(self.current.groups.values())
@@ -100,8 +105,8 @@ class KeyringActor:
                 async for first in self._receive:
                     await self._commit(self._batch(first))
 
-    async def _submit(self, command: Command) -> KeyGroup:
-        submission = _Submission(command)
+    async def _submit(self, command: Command, permit: Permit) -> KeyGroup:
+        submission = _Submission(command, permit)
         try:
             await self._send.send(submission)
         except (trio.ClosedResourceError, trio.BrokenResourceError):
@@ -135,6 +140,7 @@ class KeyringActor:
         now = self._clock()
         for submission in batch:
             try:
+                submission.permit()
                 group = transition(draft, submission.command, now=now, mint=self._store.mint)
             except KmsError as error:
                 submission.answer = error

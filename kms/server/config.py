@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,10 +14,12 @@ from kms.errors import ConfigError
 ENVIRONMENT: Final = {
     "tcp_port": "MINIKMS_TCP_PORT",
     "unix_socket": "MINIKMS_UNIX_SOCKET",
+    "unix_socket_group": "MINIKMS_UNIX_SOCKET_GROUP",
     "keystore": "MINIKMS_KEYSTORE",
     "token_file": "MINIKMS_API_TOKEN_FILE",
     "admin_token_file": "MINIKMS_ADMIN_TOKEN_FILE",
     "passphrase_file": "MINIKMS_PASSPHRASE_FILE",
+    "principals": "MINIKMS_PRINCIPALS",
     "max_frame_bytes": "MINIKMS_MAX_FRAME_BYTES",
     "idle_timeout_ms": "MINIKMS_IDLE_TIMEOUT_MS",
     "max_connections": "MINIKMS_MAX_CONNECTIONS",
@@ -30,10 +33,15 @@ class ServerConfig:
 
     tcp_port: int | None
     unix_socket: Path | None
+    unix_socket_gid: int | None
+    """The group that may connect to the Unix socket; None: only the server's own user may."""
     keystore: Path
     token_file: Path | None
     admin_token_file: Path | None
     passphrase_file: Path | None
+    principals: Path
+    principals_named: bool
+    """Whether that file has to exist; the one at the default place need not."""
     max_frame_bytes: int
     idle_timeout: float
     """Seconds."""
@@ -57,15 +65,19 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
     if no_tcp and no_unix:
         raise ConfigError("--no-tcp and --no-unix together leave no way in; leave one out")
     unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
+    principals = source.optional_path("principals", None)
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     credential = _if_exists(Path(credentials) / "passphrase") if credentials else None
     return ServerConfig(
         tcp_port=None if no_tcp else source.number("tcp_port", limits.DEFAULT_TCP_PORT, 0, 65535),
         unix_socket=unix_socket,
+        unix_socket_gid=None if no_unix else source.group("unix_socket_group"),
         keystore=source.path("keystore", data / "keystore.json"),
         token_file=source.optional_path("token_file", _if_exists(data / "api.token")),
         admin_token_file=source.optional_path("admin_token_file", _if_exists(data / "admin.token")),
         passphrase_file=source.optional_path("passphrase_file", credential),
+        principals=principals or data / "principals.toml",
+        principals_named=principals is not None,
         max_frame_bytes=source.number(
             "max_frame_bytes", limits.MAX_FRAME_BYTES, limits.MIN_FRAME_BYTES, limits.MAX_FRAME_BYTES_CEILING
         ),
@@ -107,6 +119,15 @@ class _Source:
     def optional_path(self, name: str, default: Path | None) -> Path | None:
         value, _ = self._find(name)
         return default if value is None else Path(value)
+
+    def group(self, name: str) -> int | None:
+        value, origin = self._find(name)
+        if value is None:
+            return None
+        try:
+            return grp.getgrnam(value).gr_gid
+        except (KeyError, ValueError):
+            raise ConfigError(f"{origin}: there is no group of this name; make it with: groupadd --system NAME") from None
 
 
 def _if_exists(path: Path) -> Path | None:

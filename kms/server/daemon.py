@@ -2,6 +2,8 @@
 
 Supervision, outer to inner: signals -> actor -> connections -> accepting. Stopping walks it from the inside out: stop
 accepting, wake the idle connections, give those at work five seconds, close the actor's channel, wipe every key.
+
+SIGHUP stops nothing: it reads the file of principals again.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import logging
 import os
 import signal
 import socket
+import struct
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
@@ -23,9 +26,8 @@ import trio
 
 from kms.core.derive import KdfParameters
 from kms.core.keyring import Keyring
-from kms.core.policy import AllowAll
 from kms.core.secret import Secret
-from kms.errors import EXIT_INTERNAL, EXIT_OK, SaveOutcomeUnknownError
+from kms.errors import EXIT_INTERNAL, EXIT_OK, KmsError, SaveOutcomeUnknownError
 from kms.host import hardening
 from kms.keystore.file import Keystore, KeystoreLock, initialise, load
 from kms.limits import DRAIN_TIMEOUT, KEY_BYTES
@@ -35,7 +37,8 @@ from kms.server.connection import Connection, ConnectionBounds, Pipeline
 from kms.server.handlers import Handlers
 from kms.server.listeners import UnixListener, open_tcp
 from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, Peer, RequestPipeline, log_bug
+from kms.server.middleware import Authenticator, Credentials, Peer, RequestPipeline, log_bug
+from kms.server.team import Access, Clock, load_access
 
 log: Final = logging.getLogger(__name__)
 Say = Callable[[str], None]
@@ -64,11 +67,13 @@ def run(
 async def _main(
     config: ServerConfig, passphrase: Secret, api_token: Secret, admin_token: Secret, parameters: KdfParameters, say: Say
 ) -> int:
-    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as signals, passphrase, api_token, admin_token:
+    received = trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    with received as signals, passphrase, api_token, admin_token:
         authenticator = Authenticator(api_token, admin_token)
         # It knows them by their digests from here on.
         api_token.wipe()
         admin_token.wipe()
+        access = load_access(config, authenticator, time.time)
         hardening.give_memory_back()
         memory = MEMORY_LOCKED if hardening.lock_memory() else MEMORY_NOT_LOCKED
         lock = KeystoreLock(config.keystore)
@@ -77,7 +82,7 @@ async def _main(
             passphrase.wipe()
             actor = KeyringActor(keyring, keystore, clock=lambda: int(time.time()))
             try:
-                return await _serve(config, actor, authenticator, signals, say, memory)
+                return await _serve(config, actor, authenticator, access, signals, say, memory)
             finally:
                 _wipe(actor.current, keystore)
 
@@ -98,7 +103,8 @@ def _wipe(keyring: Keyring, keystore: Keystore) -> None:
 async def _serve(
     config: ServerConfig,
     actor: KeyringActor,
-    authenticator: Authenticator,
+    shared: Authenticator,
+    access: Access,
     signals: AsyncIterator[int],
     say: Say,
     memory: str,
@@ -107,7 +113,7 @@ async def _serve(
     # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
     new_data_key = partial(os.urandom, KEY_BYTES)
     handlers = Handlers(provider, actor, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)
-    pipeline = RequestPipeline(handlers, authenticator, AllowAll())
+    pipeline = RequestPipeline(handlers, access.authenticator, access.policy)
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
     crowd = Crowd(pipeline, bounds, config.max_connections)
     status = EXIT_OK
@@ -124,9 +130,12 @@ async def _serve(
                             gc.freeze()
                             # Not before: a server that is refused says one line, why.
                             say(memory)
+                            if access.is_from_file:
+                                say(access.origin)
                             say(f"ready on {' and '.join(addresses)} (pid {os.getpid()})")
                             notify("READY=1")
-                            say(f"stopping on {signal.Signals(await anext(signals)).name}")
+                            number = await _until_stopped(signals, Reload(config, shared, access, pipeline, time.time))
+                            say(f"stopping on {signal.Signals(number).name}")
                             notify("STOPPING=1")
                             accepting.cancel_scope.cancel()
                         connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
@@ -138,6 +147,40 @@ async def _serve(
         # The actor has logged it. What is on disk is not known, so nothing more may be answered from memory.
         status = EXIT_INTERNAL
     return status
+
+
+async def _until_stopped(signals: AsyncIterator[int], reload: Reload) -> int:
+    """The first signal that stops; what SIGHUP asks for is done until then."""
+    async for number in signals:
+        if number != signal.SIGHUP:
+            return number
+        await reload()
+    raise AssertionError("signals do not end")
+
+
+@dataclass
+class Reload:
+    """Puts the file of principals in force as it is now. One that cannot be used leaves everything as it was."""
+
+    config: ServerConfig
+    shared: Authenticator
+    access: Access
+    pipeline: RequestPipeline
+    clock: Clock
+
+    async def __call__(self) -> None:
+        try:
+            self.access = await trio.to_thread.run_sync(self._load)
+        except KmsError as error:
+            log.error("principals not reloaded, all stays as it was: %s", error)  # noqa: TRY400 - the message says it all
+        except Exception as error:  # a bug must cost the reload, not the server
+            log_bug("principals not reloaded, all stays as it was", error)
+        else:
+            self.pipeline.admit(self.access.authenticator, self.access.policy)
+            log.info("reloaded: %s", self.access.origin)
+
+    def _load(self) -> Access:
+        return load_access(self.config, self.shared, self.clock, needs_file=self.access.is_from_file)
 
 
 @contextlib.contextmanager
@@ -152,7 +195,7 @@ def _listening(config: ServerConfig) -> Iterator[tuple[list[tuple[trio.SocketLis
             listeners.append((tcp, "tcp"))
             addresses.append(f"127.0.0.1:{port}")
         if config.unix_socket is not None:
-            unix = UnixListener(config.unix_socket)
+            unix = UnixListener(config.unix_socket, config.unix_socket_gid)
             cleanup.callback(unix.remove)
             cleanup.callback(unix.listener.socket.close)
             listeners.append((unix.listener, "unix"))
@@ -187,7 +230,8 @@ class Crowd:
         if self._draining or len(self._open) >= self.max_connections:
             sock.close()
             return
-        connection = Connection(sock, self.pipeline, Peer(next(self._numbers), transport), self.bounds)
+        peer = Peer(next(self._numbers), transport, credentials_of(sock))
+        connection = Connection(sock, self.pipeline, peer, self.bounds)
         self._open.add(connection)
         try:
             await connection.serve()
@@ -201,6 +245,17 @@ class Crowd:
         self._draining = True
         for connection in self._open:
             connection.drain()
+
+
+_UCRED: Final = struct.Struct("=iII")
+"""struct ucred of unix(7)."""
+
+
+def credentials_of(sock: socket.socket) -> Credentials | None:
+    """Which process connected `sock`; None for TCP, where the kernel does not tell."""
+    if sock.family != socket.AF_UNIX:
+        return None
+    return Credentials._make(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
 
 
 def notify(state: str) -> None:

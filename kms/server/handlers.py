@@ -1,13 +1,14 @@
 """One function per operation: a decoded, authorized request in, a reply out.
 
 Handlers know the two seams of `core/provider.py` and nothing behind them. Those of the data plane answer at once; those
-of the control plane may wait for the keyring, and are coroutines.
+of the control plane may wait for the keyring, and are coroutines. They are told who asks: whoever is authorized when a
+request comes need not be any more when its change is made, and a list shows only what its reader may see.
 """
 
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Protocol
 
 from kms.core import ciphertext
 from kms.core.keyring import KeyGroup
@@ -17,8 +18,21 @@ from kms.limits import DEFAULT_KEY_GROUP, MAX_FRAME_BYTES
 from kms.wire import messages
 from kms.wire.messages import Reply, Request
 
+
+class Caller(Protocol):
+    """Who asks for an operation of the control plane."""
+
+    def permit(self) -> None:
+        """Raise the `WireError` that refuses the request, if it is refused by now."""
+        ...
+
+    def sees(self, group: str) -> bool:
+        """Whether `group` is to be listed."""
+        ...
+
+
 DataHandler = Callable[[Any], Reply]
-ControlHandler = Callable[[Any], Awaitable[Reply]]
+ControlHandler = Callable[[Any, Caller], Awaitable[Reply]]
 """From a request of its own kind. `Any`, since the tables below are keyed by that kind."""
 
 _DECRYPT_OVERHEAD_BYTES = 128
@@ -98,25 +112,25 @@ class Handlers:
             raise InvalidRequestError("plaintext: its ciphertext would be too large for a request; use a data key")
         return messages.CiphertextReply(sealed)
 
-    async def create_key_group(self, request: messages.CreateKeyGroup) -> Reply:
-        return messages.KeyGroupReply(_view(await self._keyring.create_group(_named(request.key_id))))
+    async def create_key_group(self, request: messages.CreateKeyGroup, caller: Caller) -> Reply:
+        return messages.KeyGroupReply(_view(await self._keyring.create_group(_named(request.key_id), caller.permit)))
 
-    async def rotate_key_group(self, request: messages.RotateKeyGroup) -> Reply:
-        return messages.KeyGroupReply(_view(await self._keyring.rotate_group(_named(request.key_id))))
+    async def rotate_key_group(self, request: messages.RotateKeyGroup, caller: Caller) -> Reply:
+        return messages.KeyGroupReply(_view(await self._keyring.rotate_group(_named(request.key_id), caller.permit)))
 
-    async def list_key_groups(self, request: messages.ListKeyGroups) -> Reply:
-        return messages.KeyGroupsReply([_view(group) for group in self._keyring.list_groups()])
+    async def list_key_groups(self, request: messages.ListKeyGroups, caller: Caller) -> Reply:
+        return messages.KeyGroupsReply([_view(group) for group in self._keyring.list_groups() if caller.sees(group.key_id)])
 
-    async def disable_version(self, request: messages.DisableVersion) -> Reply:
-        await self._keyring.disable_version(_named(request.key_id), request.version)
+    async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:
+        await self._keyring.disable_version(_named(request.key_id), request.version, caller.permit)
         return _changed(request, "disabled")
 
-    async def enable_version(self, request: messages.EnableVersion) -> Reply:
-        await self._keyring.enable_version(_named(request.key_id), request.version)
+    async def enable_version(self, request: messages.EnableVersion, caller: Caller) -> Reply:
+        await self._keyring.enable_version(_named(request.key_id), request.version, caller.permit)
         return _changed(request, "enabled")
 
-    async def destroy_version(self, request: messages.DestroyVersion) -> Reply:
-        await self._keyring.destroy_version(_named(request.key_id), request.version)
+    async def destroy_version(self, request: messages.DestroyVersion, caller: Caller) -> Reply:
+        await self._keyring.destroy_version(_named(request.key_id), request.version, caller.permit)
         return _changed(request, "destroyed")
 
 

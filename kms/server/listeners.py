@@ -14,7 +14,7 @@ import trio
 
 from kms.errors import ConfigError, FileAccessError
 from kms.host import locking
-from kms.host.private import make_private_directory
+from kms.host.private import check_shared_directory, make_private_directory
 from kms.limits import ACCEPT_BACKLOG, DEFAULT_TCP_HOST
 
 
@@ -45,20 +45,28 @@ _LOCK_SUFFIX: Final = ".lock"
 
 
 class UnixListener:
-    """A listening Unix socket of mode 0600 in a private directory, and its file, which `remove` takes away.
+    """A listening Unix socket and its file, which `remove` takes away.
+
+    Of mode 0600 in a private directory, so that only this user can connect; or, for a group, of mode 0660 in a directory
+    which that group may enter and only this user write to.
 
     The lock `PATH.lock` is held from before the file is looked at until it is removed: of two servers that start at once
     and find the same stale file, the slower would otherwise remove what the faster has just bound.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, gid: int | None = None) -> None:
         """Raises `ConfigError` when the path is too long or a live server's, `SecretFileError` for a directory not private.
+
+        `gid` is the group that may connect, besides this user.
 
         A stale file of a dead server is removed, a live server's never.
         """
         if len(os.fsencode(path)) > _SUN_PATH_BYTES:
             raise ConfigError(f"--unix-socket: a socket's path has at most {_SUN_PATH_BYTES} bytes; choose a shorter one")
-        make_private_directory(path.parent)
+        if gid is None:
+            make_private_directory(path.parent)
+        else:
+            check_shared_directory(path.parent, gid)
         self._path = path
         with contextlib.ExitStack() as unless_listening:
             self._lock = _hold_lock(path)
@@ -66,6 +74,8 @@ class UnixListener:
             sock = unless_listening.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
             try:
                 self._bind(sock)
+                if gid is not None:
+                    _open_to(path, gid)
                 sock.listen(ACCEPT_BACKLOG)
                 self._identity = _identity(path.lstat())
             except OSError as error:
@@ -115,6 +125,19 @@ def _hold_lock(path: Path) -> int:
         ) from None
     except OSError as error:
         raise FileAccessError(f"cannot lock {lock}: {error.strerror}") from error
+
+
+def _open_to(path: Path, gid: int) -> None:
+    # Before it listens, and the group first: the one it has from the start is not the one that is meant. By its name, as a
+    # socket's descriptor is not its file; nobody else may write to the directory.
+    try:
+        os.chown(path, -1, gid)
+    except PermissionError:
+        path.unlink()
+        raise ConfigError(
+            f"--unix-socket-group: a file may be given only to a group of one's own; add this user to the group {gid}"
+        ) from None
+    path.chmod(0o660)
 
 
 def _identity(state: os.stat_result) -> tuple[int, int, int]:

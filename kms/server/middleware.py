@@ -3,6 +3,10 @@
 Authentication comes before validation. A line that does not decode is still asked for its token, and a caller who is
 nobody learns nothing about what was wrong with the line. The audit stands outermost, so that it sees every outcome:
 control-plane operations and every refusal are logged, never a token, plaintext, ciphertext or AAD.
+
+Who comes in and what they may do is decided anew for each request, by whatever authenticator and policy are in force
+then; for a change of keys once more, when the actor takes it up. So what `admit` puts in force needs no connection to be
+closed.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from kms.core import ciphertext
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
@@ -49,25 +53,42 @@ Later = Callable[[], Awaitable[bytes]]
 """A reply that may wait for the disk. Nothing of it has begun until it is called, so it may be dropped until then."""
 
 
+class Credentials(NamedTuple):
+    """The process that connected, as the kernel vouches for it (unix(7), SO_PEERCRED); the gid is its primary group's."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """Who is at the other end of a connection: a number for the log, and `unix` or `tcp`."""
+    """Who is at the other end of a connection: a number for the log, `unix` or `tcp`, and over `unix` which process."""
 
     connection: int
     transport: str
+    credentials: Credentials | None = None
+
+
+class SharedToken(NamedTuple):
+    """One of the two tokens that a team shares: its digest, who its holder is, and what all others are told."""
+
+    digest: bytes
+    principal: Principal
+    refusal: str
 
 
 class Authenticator:
-    """Knows the two tokens by their SHA-256 digests only."""
+    """Knows the two shared tokens by their SHA-256 digests only."""
 
     def __init__(self, api_token: Secret, admin_token: Secret) -> None:
         """The tokens are not kept; the caller should wipe them."""
-        self._api = _digest(api_token), Principal("api", Plane.DATA), "invalid API token"
-        self._admin = _digest(admin_token), Principal("admin", Plane.CONTROL), "invalid admin token"
+        self.api = SharedToken(_digest(api_token), Principal("api"), "invalid API token")
+        self.admin = SharedToken(_digest(admin_token), Principal("admin"), "invalid admin token")
 
-    def authenticate(self, plane: Plane, token: str) -> Principal:
-        """The principal of `plane` if `token` is that plane's; raises `AuthFailedError`."""
-        digest, principal, refusal = self._api if plane is _DATA else self._admin
+    def authenticate(self, plane: Plane, token: str, peer: Peer) -> Principal:
+        """Who may be served on `plane`, by `token` or by what is known of `peer`; raises `AuthFailedError`."""
+        digest, principal, refusal = self.api if plane is _DATA else self.admin
         try:
             presented = sha256(token.encode("utf-8")).digest()
         except UnicodeEncodeError:  # a lone surrogate, which no token has
@@ -91,16 +112,16 @@ def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any
     kind = type(request)
     group: str | None
     if kind is Encrypt or kind is GenerateDataKey:
-        group = group_of(request.key_id)
+        group, aad = group_of(request.key_id), request.aad or b""
     elif kind is Decrypt:
-        group = ciphertext.group(request.ciphertext)
+        group, aad = ciphertext.group(request.ciphertext), request.aad or b""
     elif kind is ReEncrypt:
-        if not policy.allows(principal, Operation.DECRYPT, ciphertext.group(request.ciphertext)):
+        group, aad = group_of(request.key_id), request.aad or b""
+        if not policy.allows(principal, Operation.DECRYPT, ciphertext.group(request.ciphertext), aad):
             raise UnauthorizedError(_FORBIDDEN)
-        group = group_of(request.key_id)
     else:
-        group = getattr(request, "key_id", None)
-    if not policy.allows(principal, request.operation, group):
+        group, aad = getattr(request, "key_id", None), b""
+    if not policy.allows(principal, request.operation, group, aad):
         raise UnauthorizedError(_FORBIDDEN)
 
 
@@ -113,8 +134,22 @@ class RequestPipeline:
     def __init__(self, handlers: Handlers, authenticator: Authenticator, policy: KeyAuthorizationPolicy) -> None:
         self._data_handlers = handlers.data_plane()
         self._control_handlers = handlers.control_plane()
+        self.admit(authenticator, policy)
+
+    def admit(self, authenticator: Authenticator, policy: KeyAuthorizationPolicy) -> None:
+        """From now on let these two decide: about new requests, and about changes of keys that still wait."""
         self._authenticator = authenticator
         self._policy = policy
+
+    def caller(self, request: Request, peer: Peer) -> Principal:
+        """Who asks, if they may ask it now; raises `AuthFailedError` or `UnauthorizedError`."""
+        principal = self._authenticator.authenticate(request.plane, request.token, peer)
+        authorize(self._policy, principal, request)
+        return principal
+
+    def sees(self, principal: Principal, group: str) -> bool:
+        """Whether `group` is in the list of key groups that `principal` gets."""
+        return self._policy.allows(principal, Operation.LIST_KEY_GROUPS, group, b"")
 
     def serve(self, line: bytes, peer: Peer) -> bytes | Later:
         """The reply line to `line`, without its line end; for the control plane, what to call for it."""
@@ -125,7 +160,7 @@ class RequestPipeline:
         if request.plane is not _DATA:
             return partial(self._serve_control, request, peer)
         try:
-            authorize(self._policy, self._authenticator.authenticate(_DATA, request.token), request)
+            authorize(self._policy, self._authenticator.authenticate(_DATA, request.token, peer), request)
             return encode(self._data_handlers[type(request)](request))
         except WireError as error:
             return _refused(request, peer, error)
@@ -134,8 +169,7 @@ class RequestPipeline:
 
     async def _serve_control(self, request: Request, peer: Peer) -> bytes:
         try:
-            authorize(self._policy, self._authenticator.authenticate(request.plane, request.token), request)
-            reply = encode(await self._control_handlers[type(request)](request))
+            reply = encode(await self._control_handlers[type(request)](request, _Caller(self, request, peer)))
         except WireError as error:
             return _refused(request, peer, error)
         except Exception as error:  # a bug must cost one reply, not the connection
@@ -151,10 +185,27 @@ class RequestPipeline:
         refusal: WireError = error.reason
         if error.kind is not None:
             try:
-                self._authenticator.authenticate(error.kind.plane, error.token)
+                self._authenticator.authenticate(error.kind.plane, error.token, peer)
             except AuthFailedError as failure:
                 refusal = failure
         return _refused(error.kind, peer, refusal)
+
+
+class _Caller:
+    """The `Caller` of one request: its name from when it came, its right to ask looked up anew each time."""
+
+    def __init__(self, pipeline: RequestPipeline, request: Request, peer: Peer) -> None:
+        """Raises `AuthFailedError` or `UnauthorizedError`."""
+        self._pipeline = pipeline
+        self._request = request
+        self._peer = peer
+        self._principal = pipeline.caller(request, peer)
+
+    def permit(self) -> None:
+        self._pipeline.caller(self._request, self._peer)
+
+    def sees(self, group: str) -> bool:
+        return self._pipeline.sees(self._principal, group)
 
 
 def _refused(request: Request | type[Request] | None, peer: Peer, error: WireError) -> bytes:

@@ -64,7 +64,7 @@ async def disable(self, request):
 def health(self, request):
     raise ExceptionGroup(request.token, [RuntimeError(request.token)])
 Handlers.rotate_key_group, Handlers.disable_version, Handlers.health = rotate, disable, health
-AllowAll.allows = lambda self, principal, operation, group: group != "forbidden"
+AllowAll.allows = lambda self, principal, operation, group, aad: group != "forbidden"
 from kms.cli.server import main
 sys.exit(main())
 """
@@ -377,7 +377,7 @@ def test_the_traceback_of_a_refusal_tells_no_secret() -> None:
         told[f"reason {number}"] = "".join(traceback.format_exception(caught.value.reason)).encode()
     authenticator = Authenticator(Secret(bytearray(API_TOKEN.encode())), Secret(bytearray(ADMIN_TOKEN.encode())))
     with pytest.raises(AuthFailedError) as refused:
-        authenticator.authenticate(Plane.DATA, WRONG_TOKEN)
+        authenticator.authenticate(Plane.DATA, WRONG_TOKEN, Peer(1, "unix"))
     told["authentication"] = "".join(traceback.format_exception(refused.value)).encode()
     assert leaked(IN_PROCESS, told) == set()
 

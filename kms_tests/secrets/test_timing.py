@@ -37,7 +37,7 @@ Probe = Callable[[Any], object]
 
 
 class StopsAtTheFirstDifference(Authenticator):
-    def authenticate(self, plane: Plane, token: str) -> Principal:
+    def authenticate(self, plane: Plane, token: str, peer: Peer) -> Principal:
         for shown, right in zip(token, TOKEN, strict=True):
             if shown != right:
                 raise AuthFailedError("invalid API token")
@@ -59,7 +59,7 @@ def directly(kind: type[Authenticator] = Authenticator) -> Probe:
 
     def probe(token: str) -> None:
         try:
-            authenticate(Plane.DATA, token)
+            authenticate(Plane.DATA, token, PEER)
         except AuthFailedError:
             return
 

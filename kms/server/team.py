@@ -1,0 +1,115 @@
+"""Who is let in when there are principals beside the two shared tokens, and how a change of their file takes effect.
+
+- A token is looked up by its digest. Those of principals open both planes, as far as their grants go; a shared token
+  opens its own plane, unless the file turns it off.
+- A request without a token, over the Unix socket, is that of the principal who has the uid of the connected process, or
+  else its primary gid. A wrong token is refused even from there: who shows one means to be somebody else.
+- A file that cannot be used changes nothing. Nor does one that has vanished: without it the shared tokens could do
+  everything, which it may have been written to end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from hashlib import sha256
+from hmac import compare_digest
+from typing import Final, NamedTuple
+
+from kms.core.policy import AllowAll, GrantPolicy, KeyAuthorizationPolicy, Plane, Principal
+from kms.errors import AuthFailedError, ConfigError, InputMissingError
+from kms.server.config import ServerConfig
+from kms.server.middleware import Authenticator, Peer, SharedToken
+from kms.server.principals import Principals, load
+
+_DATA: Final = Plane.DATA
+
+Clock = Callable[[], float]
+"""Seconds since 1970. Wall time: that is what a person who writes an expiry means."""
+
+
+class _KnownToken(NamedTuple):
+    digest: bytes
+    principal: Principal
+    expires: float
+
+
+_NEVER: Final = float("inf")
+
+
+class TeamAuthenticator(Authenticator):
+    """Knows the principals of a file, and those of the shared tokens that it leaves on."""
+
+    def __init__(self, shared: Authenticator, principals: Principals, clock: Clock) -> None:
+        """Raises `ConfigError` when a principal has the digest of a shared token that is on: whose would it be?"""
+        self.api = shared.api
+        self.admin = shared.admin
+        self._clock = clock
+        known: dict[bytes, _KnownToken] = {}
+        self._by_uid: dict[int, Principal] = {}
+        self._by_gid: dict[int, Principal] = {}
+        is_on = {shared.api.digest: principals.api_token, shared.admin.digest: principals.admin_token}
+        for name, member in principals.members.items():
+            principal = Principal(name)
+            for token in member.tokens:
+                if is_on.get(token.digest, False):
+                    raise ConfigError(f"{principals.path}: {token.place}: the digest of a shared token, which is on")
+                known[token.digest] = _KnownToken(
+                    token.digest, principal, _NEVER if token.expires is None else token.expires
+                )
+            self._by_uid |= dict.fromkeys(member.uids, principal)
+            self._by_gid |= dict.fromkeys(member.gids, principal)
+        self._data = _with_shared(known, shared.api, is_on=principals.api_token)
+        self._control = _with_shared(known, shared.admin, is_on=principals.admin_token)
+
+    def authenticate(self, plane: Plane, token: str, peer: Peer) -> Principal:
+        known = self._data if plane is _DATA else self._control
+        try:
+            presented = sha256(token.encode("utf-8")).digest()
+        except UnicodeEncodeError:  # a lone surrogate, which no token has
+            presented = b""
+        # How long a look at the table takes may tell about digests of wrong tokens, which whoever sends them knows, but
+        # not how near a right one they came: to make a digest begin as another does is to search for it. The
+        # comparison that lets somebody in takes as long wherever the two differ, all the same.
+        found = known.get(presented)
+        if found is not None and compare_digest(presented, found.digest) and self._clock() < found.expires:
+            return found.principal
+        if not token and peer.credentials is not None:
+            principal = self._by_uid.get(peer.credentials.uid) or self._by_gid.get(peer.credentials.gid)
+            if principal is not None:
+                return principal
+        raise AuthFailedError((self.api if plane is _DATA else self.admin).refusal)
+
+
+def _with_shared(known: dict[bytes, _KnownToken], shared: SharedToken, *, is_on: bool) -> dict[bytes, _KnownToken]:
+    if not is_on:
+        return known
+    return {**known, shared.digest: _KnownToken(shared.digest, shared.principal, _NEVER)}
+
+
+class Access(NamedTuple):
+    """What decides on requests, and where it comes from, for people."""
+
+    authenticator: Authenticator
+    policy: KeyAuthorizationPolicy
+    origin: str
+    is_from_file: bool
+
+
+def load_access(config: ServerConfig, shared: Authenticator, clock: Clock, *, needs_file: bool = False) -> Access:
+    """What `config` says decides on requests: its file of principals, or without one the shared tokens alone. Blocking.
+
+    Raises what `principals.load` raises; a file that is not there is an error when it was named, or with `needs_file`.
+    """
+    try:
+        principals = load(config.principals)
+    except InputMissingError:
+        if config.principals_named or needs_file:
+            raise
+        return Access(shared, AllowAll(), f"no principals: there is no {config.principals}", is_from_file=False)
+    authenticator = TeamAuthenticator(shared, principals, clock)
+    policy = GrantPolicy(
+        {name: member.grants for name, member in principals.members.items()},
+        trusted=(shared.api.principal.name, shared.admin.principal.name),
+    )
+    count = len(principals.members)
+    return Access(authenticator, policy, f"{count} principals from {config.principals}", is_from_file=True)
