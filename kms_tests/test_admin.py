@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -286,3 +288,99 @@ def test_change_passphrase_needs_a_keystore(home: Path, capsys: pytest.CaptureFi
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert f"kms-admin {command}".rstrip() in capsys.readouterr().out.partition("Examples:")[2]
+
+
+def test_new_token_prints_the_token_alone_and_beside_it_the_line_for_the_file(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new-token", "billing"]) == 0
+    out, err = capsys.readouterr()
+    assert re.fullmatch(r"[A-Za-z0-9_-]{43}\n", out)
+    assert err == f'token_sha256 = ["{sha256(out.strip().encode()).hexdigest()}"]\n'
+    assert main(["new-token", "billing"]) == 0
+    assert capsys.readouterr().out != out
+
+
+def test_new_token_in_json(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "new-token", "billing"]) == 0
+    out, err = capsys.readouterr()
+    made = json.loads(out)
+    assert made == {
+        "principal": "billing",
+        "token": made["token"],
+        "tokenSha256": sha256(made["token"].encode()).hexdigest(),
+    }
+    assert err == ""
+
+
+@pytest.mark.parametrize("name", ["api", "a b", "", "x" * 65])
+def test_new_token_for_a_name_that_no_principal_may_have_makes_none(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["new-token", name]) == 64
+    assert capsys.readouterr().out == ""
+
+
+@pytest.fixture
+def principals(home: Path) -> Path:
+    home.mkdir(mode=0o700)
+    path = home / "principals.toml"
+    path.write_text("""
+        [[principals.billing.allow]]
+        groups = ["billing-*"]
+        operations = ["Encrypt"]
+        aad_prefix = "aW52b2ljZS8="
+        [[principals.billing.allow]]
+        groups = ["billing-*"]
+        operations = ["Decrypt"]
+        [[principals.billing.deny]]
+        groups = ["billing-secret"]
+        operations = ["*"]
+    """)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("operation", "key", "aad", "status", "line"),
+    [
+        ("Decrypt", "billing-1", "", 0, "allowed: principals.billing.allow[1] allows it"),
+        ("Encrypt", "billing-1", "invoice/7", 0, "allowed: principals.billing.allow[0] allows it"),
+        (
+            "Encrypt",
+            "billing-1",
+            "x",
+            1,
+            "refused: no rule allows it; principals.billing.allow[0] would, for an AAD that begins with its aad_prefix",
+        ),
+        ("Decrypt", "billing-secret", "", 1, "refused: principals.billing.deny[0] denies it"),
+        ("RotateKeyGroup", "billing-1", "", 1, "refused: no rule allows it"),
+        ("Health", "billing-1", "", 0, "allowed: Health needs no grant"),
+    ],
+)
+def test_explain_names_the_rule_that_decides(
+    principals: Path, operation: str, key: str, aad: str, status: int, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = ["explain", "--principal", "billing", "--operation", operation, "--key", key, "--aad", aad]
+    assert main(question) == status
+    assert capsys.readouterr() == (line + "\n", "")
+    assert main(["--json", *question]) == status
+    told = json.loads(capsys.readouterr().out)
+    assert f"{'allowed' if told['allowed'] else 'refused'}: {told['reason']}" == line
+    assert told["rule"] is None or told["rule"] in line
+
+
+def test_explain_takes_the_file_it_is_told_and_knows_only_who_is_in_it(
+    principals: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    question = ["explain", "--principal", "billing", "--operation", "Decrypt", "--key", "billing-1"]
+    other = principals.with_name("other.toml")
+    assert main([*question, "--principals", str(other)]) == 66
+    other.write_text("[principals.payroll]")
+    other.chmod(0o600)
+    assert main([*question, "--principals", str(other)]) == 64
+    assert "has no principal of this name; it has payroll" in capsys.readouterr().err
+    other.write_text("[principals.payroll]\ntokens = 1")
+    assert main([*question, "--principals", str(other)]) == 64
+    assert 'principals.payroll: unknown key "tokens"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("operation", ["Ping", "encrypt", "*"])
+def test_explain_knows_the_operations_of_the_wire(principals: Path, operation: str) -> None:
+    assert main(["explain", "--principal", "billing", "--operation", operation, "--key", "a"]) == 64

@@ -470,3 +470,16 @@ def test_a_full_disk_behind_standard_output_is_an_io_error_without_noise() -> No
         done = python(code, stdout=full, stderr=subprocess.PIPE)
     assert done.returncode == 74
     assert done.stderr.count(b"\n") == 1
+
+
+def test_no_token_is_asked_for_or_read_when_the_user_id_is_to_do(
+    fake: type[FakeClient], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert main(["--no-token", "--unix", "/run/kms.sock", "health"]) == 0
+    assert (fake.addresses, fake.tokens) == ([Path("/run/kms.sock")], [b""])
+    capsys.readouterr()
+    assert main(["--no-token", "--tcp", "127.0.0.1:1", "health"]) == 64
+    assert "only over a Unix socket" in error_line(capsys)
+    assert main(["--no-token", "--unix", "/run/kms.sock", "--token-file", str(tmp_path / "t"), "health"]) == 64
+    assert "exclude each other" in error_line(capsys)
+    assert fake.tokens == [b""]

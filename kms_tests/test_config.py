@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import grp
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,27 @@ def test_a_path_row_takes_flag_over_environment_over_default(flag: str, variable
     assert getattr(resolve({}, HOME), flag) == default
     assert getattr(resolve({}, {**HOME, variable: "/env"}), flag) == Path("/env")
     assert getattr(resolve({flag: "/flag"}, {**HOME, variable: "/env"}), flag) == Path("/flag")
+
+
+def test_the_file_of_principals_is_in_the_data_directory_and_has_to_exist_only_when_it_is_named() -> None:
+    config = resolve({}, HOME)
+    assert (config.principals, config.principals_named) == (DATA / "principals.toml", False)
+    config = resolve({}, {**HOME, "MINIKMS_PRINCIPALS": "/env"})
+    assert (config.principals, config.principals_named) == (Path("/env"), True)
+    config = resolve({"principals": "/flag"}, {**HOME, "MINIKMS_PRINCIPALS": "/env"})
+    assert (config.principals, config.principals_named) == (Path("/flag"), True)
+
+
+def test_the_group_of_the_Unix_socket_is_named_and_has_to_exist() -> None:
+    groups = grp.getgrall()[:2]
+    assert resolve({}, HOME).unix_socket_gid is None
+    environ = {**HOME, "MINIKMS_UNIX_SOCKET_GROUP": groups[0].gr_name}
+    assert resolve({}, environ).unix_socket_gid == groups[0].gr_gid
+    assert resolve({"unix_socket_group": groups[-1].gr_name}, environ).unix_socket_gid == groups[-1].gr_gid
+    assert resolve({"no_unix": True}, environ).unix_socket_gid is None
+    for name in ("no-such-group", "a\0b", "\ud800"):
+        with pytest.raises(ConfigError, match="--unix-socket-group: there is no group"):
+            resolve({"unix_socket_group": name}, HOME)
 
 
 @pytest.mark.parametrize(("field", "name"), [("token_file", "api.token"), ("admin_token_file", "admin.token")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 import socket
@@ -16,13 +17,21 @@ from trio._socket import _SocketType
 
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
-from kms.errors import EXIT_INTERNAL, EXIT_OK, KeystoreLockedError, WrongPassphraseError
+from kms.errors import (
+    EXIT_INTERNAL,
+    EXIT_OK,
+    ConfigError,
+    InputMissingError,
+    KeystoreLockedError,
+    WrongPassphraseError,
+)
 from kms.host import durable, hardening
 from kms.keystore.file import KeystoreLock
 from kms.server import daemon
 from kms.server.config import ServerConfig, resolve
 from kms.server.connection import ConnectionBounds
 from kms.server.middleware import Peer
+from kms_tests.integration.processes import eventually
 
 TINY = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
 
@@ -219,6 +228,67 @@ def test_the_service_manager_is_told_READY_and_STOPPING(
 def test_a_service_manager_that_is_gone_is_no_reason_to_fail(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NOTIFY_SOCKET", str(server.directory / "nobody"))
     assert server.run() == EXIT_OK
+
+
+def test_SIGHUP_reads_the_principals_again_and_stops_nothing(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "kms.server.daemon")
+    path = server.directory / "principals.toml"
+    path.touch(0o600)
+
+    def reload(content: str, word: str) -> None:
+        path.write_text(content)
+        seen = len(caplog.records)
+        os.kill(os.getpid(), signal.SIGHUP)
+        eventually(word, lambda: any(word in record.getMessage() for record in caplog.records[seen:]))
+
+    def client() -> None:
+        me = f"[principals.me]\nuids = [{os.getuid()}]"
+        with server.connect() as sock, sock.makefile("rb") as replies:
+
+            def health() -> bytes:
+                sock.sendall(b'{"type":"Health"}\n')
+                return replies.readline()
+
+            assert b"AuthFailed" in health()
+            reload(me, "reloaded")
+            assert b'"ok"' in health(), "the connection that was open stays, and so does who is at its other end"
+            reload("nonsense", "not reloaded")
+            assert b'"ok"' in health()
+            reload("", "reloaded")
+            assert b"AuthFailed" in health()
+
+    assert server.run(client, principals=path) == EXIT_OK
+
+
+def test_it_starts_with_a_file_of_principals_and_says_so(server: Server) -> None:
+    path = server.directory / "principals.toml"
+    path.write_text(f"[principals.me]\ngids = [{os.getgid()}]")
+    path.chmod(0o600)
+    answers: list[dict[str, Any]] = []
+    server.run(lambda: answers.append(server.ask("Health", "")), principals=path)
+    assert answers == [{"status": "ok", "detail": "ok"}]
+    assert f"1 principals from {path}" in server.said
+
+
+@pytest.mark.parametrize(("content", "error"), [(None, InputMissingError), ("[principals.api]", ConfigError)])
+def test_a_file_of_principals_that_cannot_be_used_stops_the_start_before_anything_is_made(
+    server: Server, content: str | None, error: type[Exception]
+) -> None:
+    path = server.directory / "principals.toml"
+    if content is not None:
+        path.write_text(content)
+        path.chmod(0o600)
+    with pytest.raises(error, match=r"principals\.toml"):
+        server.run(principals=path)
+    assert not (server.directory / "keystore.json").exists()
+
+
+async def test_the_kernel_vouches_for_who_connected_over_a_Unix_socket_alone() -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        assert daemon.credentials_of(ours) == (os.getpid(), os.getuid(), os.getgid())
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
+        assert daemon.credentials_of(sock) is None
 
 
 class Broken:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from kms.errors import ConfigError, FileAccessError, SecretFileError
+from kms.host.private import check_shared_directory
 from kms.server.listeners import UnixListener, open_tcp
 
 
@@ -56,6 +57,96 @@ async def test_the_socket_is_0600_from_the_instant_it_exists(path: Path, monkeyp
         assert os.umask(0o022) == 0o022, "the umask is put back"
     finally:
         os.umask(before)
+
+
+@pytest.fixture
+def shared(path: Path) -> Path:
+    """A socket's path in a directory that our own group may enter."""
+    path.parent.mkdir()
+    path.parent.chmod(0o710)
+    os.chown(path.parent, -1, os.getegid())
+    return path
+
+
+async def test_for_a_group_the_socket_is_0660_and_that_groups(shared: Path) -> None:
+    unix = UnixListener(shared, os.getegid())
+    with unix.listener.socket:
+        state = shared.lstat()
+        assert (stat.S_IMODE(state.st_mode), state.st_gid) == (0o660, os.getegid())
+        assert stat.S_IMODE(shared.with_name("kms.sock.lock").stat().st_mode) == 0o600
+    unix.remove()
+    assert not shared.exists()
+
+
+async def test_for_a_group_the_socket_is_opened_to_it_before_it_listens_and_after_it_has_its_group(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps: list[tuple[str, int]] = []
+    chown, listen = os.chown, socket.socket.listen
+
+    def observed_chown(path: Path, uid: int, gid: int) -> None:
+        steps.append(("chown", stat.S_IMODE(shared.lstat().st_mode)))
+        chown(path, uid, gid)
+
+    def observed_listen(sock: socket.socket, backlog: int) -> None:
+        steps.append(("listen", stat.S_IMODE(shared.lstat().st_mode)))
+        listen(sock, backlog)
+
+    monkeypatch.setattr(os, "chown", observed_chown)
+    monkeypatch.setattr(socket.socket, "listen", observed_listen)
+    UnixListener(shared, os.getegid()).listener.socket.close()
+    assert steps == [("chown", 0o600), ("listen", 0o660)]
+
+
+@pytest.mark.parametrize(
+    ("mode", "complaint"),
+    [
+        (0o700, "the group .* may not enter"),
+        (0o770, "other users may write"),
+        (0o712, "other users may write"),
+        (0o777, "other users may write"),
+    ],
+)
+async def test_a_directory_that_the_group_may_not_enter_or_others_may_write_to_is_refused(
+    shared: Path, mode: int, complaint: str
+) -> None:
+    shared.parent.chmod(mode)
+    with pytest.raises(SecretFileError, match=f"{complaint}.*; .*install -d -m 0710 -g {os.getegid()} {shared.parent}"):
+        UnixListener(shared, os.getegid())
+
+
+async def test_a_directory_of_another_group_has_to_let_everybody_in(shared: Path) -> None:
+    gid = os.getegid() + 1
+    with pytest.raises(SecretFileError, match=f"the group {gid} may not enter"):
+        check_shared_directory(shared.parent, gid)
+    shared.parent.chmod(0o711)
+    check_shared_directory(shared.parent, gid)
+
+
+async def test_a_shared_directory_of_another_user_is_refused(shared: Path, foreign_uid: int) -> None:
+    if shared.parent.stat().st_uid == 0:
+        os.chown(shared.parent, foreign_uid + 1, -1)
+    with pytest.raises(SecretFileError, match="belongs to another user"):
+        UnixListener(shared, os.getegid())
+
+
+async def test_a_shared_directory_is_not_made(path: Path) -> None:
+    with pytest.raises(FileAccessError, match=r"there is no directory .*; make it with: install -d"):
+        UnixListener(path, os.getegid())
+    with pytest.raises(FileAccessError, match="cannot look at the directory"):
+        check_shared_directory(Path("/" + "x" * 300), os.getegid())
+
+
+async def test_a_group_that_this_user_is_not_in_cannot_be_given_the_socket(
+    shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, uid: int, gid: int) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    with pytest.raises(ConfigError, match=r"--unix-socket-group: .* add this user to the group"):
+        UnixListener(shared, os.getegid())
+    assert not shared.exists()
 
 
 def leave_stale(path: Path) -> None:

@@ -39,10 +39,13 @@ class AsyncKmsClient:
         cls,
         path: str | os.PathLike[str],
         *,
-        token: Token,
+        token: Token = "",
         timeout: float = REPLY_TIMEOUT,  # noqa: ASYNC109 (it is for each reply, not for this call)
     ) -> Self:
-        """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
+        """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
+
+        Without a token the server may know this process by its user id.
+        """
         return await cls._connect(partial(trio.open_unix_socket, path), str(path), token, timeout)
 
     @classmethod

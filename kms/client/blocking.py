@@ -40,8 +40,11 @@ class KmsClient:
         self._link: socket.socket | None = link
 
     @classmethod
-    def connect_unix(cls, path: str | os.PathLike[str], *, token: Token, timeout: float = REPLY_TIMEOUT) -> Self:
-        """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
+    def connect_unix(cls, path: str | os.PathLike[str], *, token: Token = "", timeout: float = REPLY_TIMEOUT) -> Self:
+        """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
+
+        Without a token the server may know this process by its user id.
+        """
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             link.settimeout(min(timeout, CONNECT_TIMEOUT))
