@@ -82,11 +82,13 @@ async def test_for_a_group_the_socket_is_opened_to_it_before_it_listens_and_afte
     shared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     steps: list[tuple[str, int]] = []
-    chown, listen = os.chown, socket.socket.listen
+    listen = socket.socket.listen
+    shared.parent.chmod(0o711)
+    other = os.getegid() + 1
 
     def observed_chown(path: Path, uid: int, gid: int) -> None:
+        assert (path, uid, gid) == (shared, -1, other)
         steps.append(("chown", stat.S_IMODE(shared.lstat().st_mode)))
-        chown(path, uid, gid)
 
     def observed_listen(sock: socket.socket, backlog: int) -> None:
         steps.append(("listen", stat.S_IMODE(shared.lstat().st_mode)))
@@ -94,7 +96,7 @@ async def test_for_a_group_the_socket_is_opened_to_it_before_it_listens_and_afte
 
     monkeypatch.setattr(os, "chown", observed_chown)
     monkeypatch.setattr(socket.socket, "listen", observed_listen)
-    UnixListener(shared, os.getegid()).listener.socket.close()
+    UnixListener(shared, other).listener.socket.close()
     assert steps == [("chown", 0o600), ("listen", 0o660)]
 
 
@@ -144,9 +146,11 @@ async def test_a_group_that_this_user_is_not_in_cannot_be_given_the_socket(
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(os, "chown", refuse)
+    shared.parent.chmod(0o711)
     with pytest.raises(ConfigError, match=r"--unix-socket-group: .* add this user to the group"):
-        UnixListener(shared, os.getegid())
+        UnixListener(shared, os.getegid() + 1)
     assert not shared.exists()
+    UnixListener(shared, os.getegid()).listener.socket.close()
 
 
 def leave_stale(path: Path) -> None:

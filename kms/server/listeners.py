@@ -128,10 +128,12 @@ def _hold_lock(path: Path) -> int:
 
 
 def _open_to(path: Path, gid: int) -> None:
-    # Before it listens, and the group first: the one it has from the start is not the one that is meant. By its name, as a
-    # socket's descriptor is not its file; nobody else may write to the directory.
+    # Before it listens, and the group first: the one it has from the start may not be the one that is meant. By its name,
+    # as a socket's descriptor is not its file; nobody else may write to the directory. A server that is not let call chown
+    # can do with its own group.
     try:
-        os.chown(path, -1, gid)
+        if path.lstat().st_gid != gid:
+            os.chown(path, -1, gid)
     except PermissionError:
         path.unlink()
         raise ConfigError(

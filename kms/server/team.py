@@ -111,5 +111,5 @@ def load_access(config: ServerConfig, shared: Authenticator, clock: Clock, *, ne
         {name: member.grants for name, member in principals.members.items()},
         trusted=(shared.api.principal.name, shared.admin.principal.name),
     )
-    count = len(principals.members)
-    return Access(authenticator, policy, f"{count} principals from {config.principals}", is_from_file=True)
+    origin = f"principals from {config.principals}: {len(principals.members)}"
+    return Access(authenticator, policy, origin, is_from_file=True)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
+from textwrap import dedent
 from typing import Any
 
 from kms_tests.integration.processes import ROOT, Machine, Server
@@ -71,3 +74,36 @@ def test_the_exchanges_of_the_readme_happen_as_they_are_shown(machine: Machine, 
             reply = wire.ask(**filled(request, machine, ciphertext))
             assert matches(expected, reply), f"{request} is shown with {expected}, but its reply is {reply}"
             ciphertext = reply.get("ciphertext") or reply.get("wrappedDataKey") or ciphertext
+
+
+def blocks_after(heading: str, opening: str) -> list[str]:
+    """The indented blocks that follow a line `opening` in the chapter of this heading, without their indent."""
+    chapter = (ROOT / "README.rst").read_text(encoding="utf-8").partition(f"\n{heading}\n---")[2]
+    chapter = re.split(r"\n\n\n", chapter)[0]
+    return [
+        dedent(found) for found in re.findall(rf"^{re.escape(opening)}\n\n((?:(?: {{4}}.*)?\n)+)", chapter, re.MULTILINE)
+    ]
+
+
+def test_the_file_of_principals_of_the_readme_is_explained_as_it_is_shown(machine: Machine) -> None:
+    (shown,) = blocks_after("For a team", ".. code:: toml")
+    path = machine.data / "principals.toml"
+    path.write_text(shown, encoding="utf-8")
+    path.chmod(0o600)
+    lines = [line for block in blocks_after("For a team", "::") for line in block.splitlines()]
+    questions = [number for number, line in enumerate(lines) if line.startswith("$ kms-admin explain")]
+    assert len(questions) == 2
+    for number in questions:
+        told = machine.admin(*shlex.split(lines[number])[2:])
+        assert told.stdout.decode() == lines[number + 1] + "\n"
+        assert told.status == (0 if lines[number + 1].startswith("allowed") else 1)
+    assert machine.start().stop() == 0
+
+
+def test_what_the_readme_shows_of_new_token_is_what_it_says(machine: Machine) -> None:
+    lines = [line for block in blocks_after("For a team", "::") for line in block.splitlines()]
+    number = lines.index("$ kms-admin new-token billing > billing.token")
+    made = machine.admin("new-token", "billing")
+    digest = re.compile(r"[0-9a-f]{64}")
+    assert made.status == 0
+    assert digest.sub("", made.stderr) == digest.sub("", lines[number + 1]) + "\n"

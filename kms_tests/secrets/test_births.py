@@ -96,11 +96,15 @@ def recorder(machine: Machine) -> Recorder:
     return Recorder(machine)
 
 
-def stop(process: subprocess.Popen[bytes], server: Server) -> None:
-    """Stop the server itself, not the strace around it."""
+def tell(server: Server, number: int) -> None:
+    """Send a signal to the server itself, not to the strace around it."""
     found = re.search(r"\(pid (\d+)\)", server.stderr)
     assert found is not None
-    os.kill(int(found[1]), signal.SIGTERM)
+    os.kill(int(found[1]), number)
+
+
+def stop(process: subprocess.Popen[bytes], server: Server) -> None:
+    tell(server, signal.SIGTERM)
     assert process.wait(DEADLINE) == 0
 
 
