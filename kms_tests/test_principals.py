@@ -266,7 +266,21 @@ def test_every_number_has_a_bound(most: str, more: str) -> None:
     assert "principals" in refusal(more)
 
 
-@given(st.binary(max_size=200) | st.text(max_size=200).map(str.encode))
+def spoiled(start: int, length: int, other: bytes) -> bytes:
+    """The example with a part of it replaced."""
+    raw = EXAMPLE.encode()
+    return raw[:start] + other + raw[start + length :]
+
+
+PARTS = st.sampled_from(
+    [b"", b'"', b"]", b"[[", b"\n", b"=", b"0", b"-1", b"1e400", b"{", b"true", b"nan", b"\xff", b'"\\ud800"']
+)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.builds(spoiled, st.integers(0, len(EXAMPLE)), st.integers(0, 80), PARTS | st.binary(max_size=8))
+)
 def test_no_file_whatever_ends_otherwise_than_in_principals_or_a_ConfigError(raw: bytes) -> None:
     with contextlib.suppress(ConfigError):
         parse(raw, PATH)

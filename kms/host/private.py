@@ -69,7 +69,7 @@ def check_shared_directory(path: Path, gid: int) -> None:
     Raises `SecretFileError` with the command that mends it, `FileAccessError` when it cannot be looked at.
     """
     # Not made when it is missing: whom else its parents let in is for a person to say.
-    remedy = f"make it with: install -d -m 0710 -g {gid} {path}"
+    remedy = f"put the socket into a directory of its own, made with: install -d -m 0710 -g {gid} PATH"
     try:
         state = path.stat()
     except FileNotFoundError:
@@ -77,9 +77,9 @@ def check_shared_directory(path: Path, gid: int) -> None:
     except OSError as error:
         raise FileAccessError(f"cannot look at the directory {path}: {error.strerror}") from error
     if state.st_uid not in (os.geteuid(), 0):
-        raise SecretFileError(f"the directory {path} belongs to another user; choose one of your own: {remedy}")
+        raise SecretFileError(f"the directory {path} belongs to another user; {remedy}")
     if state.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise SecretFileError(f"other users may write to the directory {path}; choose one of your own: {remedy}")
+        raise SecretFileError(f"other users may write to the directory {path}; {remedy}")
     if not (state.st_mode & stat.S_IXOTH or (state.st_mode & stat.S_IXGRP and state.st_gid == gid)):
         raise SecretFileError(f"the group {gid} may not enter the directory {path}; {remedy}")
 
