@@ -256,6 +256,25 @@ def test_the_AAD_that_a_rule_asks_for_is_the_requests(team: Team) -> None:
     assert team.outcome("Decrypt", "t", ciphertext=foreign, aad=text(b"invoice/7")) == "DecryptionFailed"
 
 
+@pytest.mark.parametrize(("half", "whole"), [("Decrypt", "ReEncrypt"), ("ReEncrypt", "Decrypt")])
+async def test_both_halves_of_a_ReEncrypt_ask_for_their_AAD(team: Team, half: str, whole: str) -> None:
+    team.write(f"""
+        [principals.billing]
+        token_sha256 = ["{digest("t")}"]
+        [[principals.billing.allow]]
+        groups = ["default"]
+        operations = ["{half}"]
+        aad_prefix = "{text(b"invoice/")}"
+        [[principals.billing.allow]]
+        groups = ["default"]
+        operations = ["{whole}"]
+    """)
+    await team.reload()
+    for aad, outcome in ((b"invoice/7", "ok"), (b"payroll/7", "Unauthorized"), (b"", "Unauthorized")):
+        sealed = team.call("Encrypt", API, plaintext="", aad=text(aad))["ciphertext"]
+        assert team.outcome("ReEncrypt", "t", ciphertext=sealed, aad=text(aad)) == outcome
+
+
 def test_a_list_shows_the_groups_on_which_it_is_allowed(team: Team) -> None:
     for name in ("archive", "payroll"):
         team.call("CreateKeyGroup", ADMIN, keyId=name)

@@ -223,7 +223,7 @@ def _rule(table: _DenyTable, place: str) -> Rule:
     text = table.aad_prefix if isinstance(table, _AllowTable) else None
     if text is None:
         return Rule(place, tuple(table.groups), operations)
-    if _ANY_OPERATION in table.operations or not operations <= WITH_AAD:
+    if not operations <= WITH_AAD:
         raise _PlaceError(f"{place}.aad_prefix", f"only beside operations with an AAD: {', '.join(sorted(WITH_AAD))}")
     return Rule(place, tuple(table.groups), operations, _aad_prefix(text, f"{place}.aad_prefix"))
 
