@@ -25,7 +25,8 @@ import pytest
 from kms_tests.integration.processes import DEADLINE, Machine, Server, Wire, eventually
 
 IS_ROOT: Final = os.geteuid() == 0
-OTHER_UID: Final = 4242 if IS_ROOT else os.getuid()
+OTHER_UID: Final = 4_000_000_000 if IS_ROOT else os.getuid()
+"""Past what a signed number of 32 bits holds, as the ids of users in containers often are."""
 OTHER_GID: Final = 4243 if IS_ROOT else os.getgid()
 SOCKET_GROUP: Final = next(
     group for group in grp.getgrall() if group.gr_gid not in (0, 65534) and (IS_ROOT or group.gr_gid == os.getgid())
