@@ -40,7 +40,7 @@ from kms.core.keyring import (
     apply,
 )
 from kms.core.keyring import VersionStatus as Status
-from kms.core.policy import AllowAll
+from kms.core.policy import AllowAll, Operation
 from kms.core.secret import Secret
 from kms.errors import ConfigError, DecryptionFailedError, InputError, KeystoreError, WrongPassphraseError
 from kms.host.private import read_secret
@@ -50,10 +50,12 @@ from kms.server.config import ENVIRONMENT, resolve
 from kms.server.handlers import Handlers
 from kms.server.local_provider import LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, Peer, RequestPipeline
+from kms.server.principals import parse as parse_principals
 from kms.wire import messages
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
 from kms_tests import format2
+from kms_tests.test_principals import EXAMPLE as PRINCIPALS
 
 API, ADMIN = "api-token", "an admin token that no input has"
 PASSPHRASE = "correct horse"
@@ -445,7 +447,28 @@ def check_config(data: bytes) -> None:
     _require(0 < config.idle_timeout <= 24 * 3600, "an impossible timeout")
     for field in fields(config):
         value = getattr(config, field.name)
-        _require(type(value) in (int, float, type(None)) or isinstance(value, Path), f"{field.name} has an impossible type")
+        known = type(value) in (int, float, bool, type(None)) or isinstance(value, Path)
+        _require(known, f"{field.name} has an impossible type")
+
+
+def check_principals(data: bytes) -> None:
+    """A file of principals is one within its bounds, or a `ConfigError` of one line."""
+    try:
+        principals = parse_principals(data, Path("principals.toml"))
+    except ConfigError as error:
+        _require(str(error).isprintable(), "a refusal of more than one line")
+        return
+    _require(len(principals.members) <= limits.MAX_PRINCIPALS, "too many principals")
+    digests = [token.digest for member in principals.members.values() for token in member.tokens]
+    _require(len(digests) == len(set(digests)), "a token of two")
+    _require(all(len(digest) == 32 for digest in digests), "an impossible digest")
+    for ids in ("uids", "gids"):
+        listed = [one for member in principals.members.values() for one in getattr(member, ids)]
+        _require(len(listed) == len(set(listed)), "an id of two")
+        _require(all(0 <= one <= limits.MAX_UNIX_ID for one in listed), "an impossible id")
+    for member in principals.members.values():
+        allowed = member.grants.allows(Operation.ENCRYPT, "billing", b"invoice/")
+        _require(member.grants.explain(Operation.ENCRYPT, "billing", b"invoice/").allowed is allowed, "explained wrongly")
 
 
 def check_secret_file(data: bytes) -> None:
@@ -553,5 +576,6 @@ TARGETS: Final = {
     "keystore-3-resealed": Target(check_resealed3, lambda: [encode3()], 1 << 12),
     "keystore-2-resealed": Target(check_resealed2, lambda: [encode2()], 1 << 12),
     "config": Target(check_config, _config_seeds, 1 << 13),
+    "principals": Target(check_principals, lambda: [PRINCIPALS.encode()], 1 << 12),
     "secret-file": Target(check_secret_file, lambda: [b"hunter2\n", b"x\r\n", b"\n", b"x" * 4096], 5000),
 }

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import grp
+import os
 import shutil
 import socket
+import stat
 import time
 from pathlib import Path
 
@@ -47,8 +50,16 @@ def elsewhere(machine: Machine, name: str, token: bytes) -> dict[str, str]:
         path = place / secret
         path.write_bytes(content)
         path.chmod(0o600)
+    principals = place / "principals"
+    principals.write_text(f"[principals.me]\nuids = [{os.getuid()}]\n", encoding="ascii")
+    principals.chmod(0o600)
+    (place / "run").mkdir()
+    (place / "run").chmod(0o710)
+    os.chown(place / "run", -1, os.getgid())
     return {
         "unix_socket": str(place / "run" / "k.sock"),
+        "unix_socket_group": grp.getgrgid(os.getgid()).gr_name,
+        "principals": str(principals),
         "keystore": str(place / "store" / "keystore.json"),
         "token_file": str(place / "api"),
         "admin_token_file": str(place / "admin"),
@@ -66,6 +77,9 @@ def observe(machine: Machine, flags: dict[str, str], environment: dict[str, str 
     server = machine.start(*arguments, tcp_port=None, environment=environment)
     place = machine.root / name
     assert server.socket == place / "run" / "k.sock"
+    assert stat.S_IMODE(server.socket.stat().st_mode) == 0o660
+    with server.unix() as known_by_its_uid:
+        assert known_by_its_uid.ask(type="Health")["status"] == "ok"
     assert server.port not in (0, 9123)
     assert (place / "store" / "keystore.json.lock").read_text(encoding="ascii").strip() == str(server.pid)
     with server.unix() as wire, server.tcp() as second:

@@ -54,9 +54,9 @@ WITH_A_BUG_AND_A_POLICY: Final = """
 import sys
 from kms.core.policy import AllowAll
 from kms.server.handlers import Handlers
-def rotate(self, request):
+def rotate(self, request, caller):
     raise RuntimeError(f"{request.token} {request!r}")
-async def disable(self, request):
+async def disable(self, request, caller):
     try:
         raise KeyError(request.token)
     except KeyError as error:
