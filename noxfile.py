@@ -146,6 +146,10 @@ def serve(session: nox.Session) -> None:
         "MINIKMS_PASSPHRASE_FILE": str(DEVELOPMENT / "passphrase"),
         "MINIKMS_UNIX_SOCKET": str(DEVELOPMENT / "kms.sock"),
         "MINIKMS_TCP_PORT": "9123",
+        # What else has its place in the data directory, such as a file of principals, is not to come from the real one.
+        "XDG_DATA_HOME": str(DEVELOPMENT),
+        "MINIKMS_PRINCIPALS": None,
+        "MINIKMS_UNIX_SOCKET_GROUP": None,
         # A value in the environment would win over the files.
         "MINIKMS_API_TOKEN": None,
         "MINIKMS_ADMIN_TOKEN": None,

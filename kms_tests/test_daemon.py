@@ -47,7 +47,7 @@ class Server:
 
     def config(self, **flags: Any) -> ServerConfig:
         paths = {"keystore": self.directory / "keystore.json", "unix_socket": self.directory / "kms.sock"}
-        return resolve({"tcp_port": 0, **paths, **flags}, {})
+        return resolve({"tcp_port": 0, **paths, **flags}, {"XDG_DATA_HOME": str(self.directory)})
 
     def run(
         self,
