@@ -7,7 +7,7 @@ request comes need not be any more when its change is made, and a list shows onl
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Protocol
 
 from kms.core import ciphertext
@@ -26,8 +26,8 @@ class Caller(Protocol):
         """Raise the `WireError` that refuses the request, if it is refused by now."""
         ...
 
-    def sees(self, group: str) -> bool:
-        """Whether `group` is to be listed."""
+    def visible(self, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
+        """Those of `groups` that are to be listed."""
         ...
 
 
@@ -119,7 +119,7 @@ class Handlers:
         return messages.KeyGroupReply(_view(await self._keyring.rotate_group(_named(request.key_id), caller.permit)))
 
     async def list_key_groups(self, request: messages.ListKeyGroups, caller: Caller) -> Reply:
-        return messages.KeyGroupsReply([_view(group) for group in self._keyring.list_groups() if caller.sees(group.key_id)])
+        return messages.KeyGroupsReply([_view(group) for group in caller.visible(self._keyring.list_groups())])
 
     async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:
         await self._keyring.disable_version(_named(request.key_id), request.version, caller.permit)

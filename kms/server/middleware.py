@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -21,6 +21,7 @@ from hmac import compare_digest
 from typing import Any, Final, NamedTuple
 
 from kms.core import ciphertext
+from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import (
@@ -70,7 +71,8 @@ class Peer:
     credentials: Credentials | None = None
 
 
-class SharedToken(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SharedToken:
     """One of the two tokens that a team shares: its digest, who its holder is, and what all others are told."""
 
     digest: bytes
@@ -88,14 +90,14 @@ class Authenticator:
 
     def authenticate(self, plane: Plane, token: str, peer: Peer) -> Principal:
         """Who may be served on `plane`, by `token` or by what is known of `peer`; raises `AuthFailedError`."""
-        digest, principal, refusal = self.api if plane is _DATA else self.admin
+        shared = self.api if plane is _DATA else self.admin
         try:
             presented = sha256(token.encode("utf-8")).digest()
         except UnicodeEncodeError:  # a lone surrogate, which no token has
             presented = b""
-        if compare_digest(presented, digest):
-            return principal
-        raise AuthFailedError(refusal)
+        if compare_digest(presented, shared.digest):
+            return shared.principal
+        raise AuthFailedError(shared.refusal)
 
 
 def _digest(token: Secret) -> bytes:
@@ -147,9 +149,10 @@ class RequestPipeline:
         authorize(self._policy, principal, request)
         return principal
 
-    def sees(self, principal: Principal, group: str) -> bool:
-        """Whether `group` is in the list of key groups that `principal` gets."""
-        return self._policy.allows(principal, Operation.LIST_KEY_GROUPS, group, b"")
+    def visible(self, principal: Principal, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
+        """Those of `groups` that are in the list that `principal` gets."""
+        allows, listing = self._policy.allows, Operation.LIST_KEY_GROUPS
+        return [group for group in groups if allows(principal, listing, group.key_id, b"")]
 
     def serve(self, line: bytes, peer: Peer) -> bytes | Later:
         """The reply line to `line`, without its line end; for the control plane, what to call for it."""
@@ -204,8 +207,8 @@ class _Caller:
     def permit(self) -> None:
         self._pipeline.caller(self._request, self._peer)
 
-    def sees(self, group: str) -> bool:
-        return self._pipeline.sees(self._principal, group)
+    def visible(self, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
+        return self._pipeline.visible(self._principal, groups)
 
 
 def _refused(request: Request | type[Request] | None, peer: Peer, error: WireError) -> bytes:
