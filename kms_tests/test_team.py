@@ -291,6 +291,9 @@ def test_without_a_file_there_are_the_two_tokens_alone(team: Team) -> None:
     team.path.unlink()
     access = team.access()
     assert access.authenticator is SHARED
+    assert team.authenticated(API) == Principal("api")
+    assert team.authenticated(ADMIN, plane=Plane.CONTROL) == Principal("admin")
+    assert team.authenticated("old token") is None
     assert not access.is_from_file
 
 
