@@ -315,6 +315,21 @@ async def test_one_connections_failure_never_touches_another(caplog: pytest.LogC
     assert "canary" not in caplog.text
 
 
+async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_ends_no_other(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(sock: socket.socket) -> None:
+        raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(daemon, "credentials_of", refuse)
+    crowd = daemon.Crowd(Broken(), ConnectionBounds(), max_connections=2)
+    ours, theirs = socket.socketpair()
+    with theirs:
+        await crowd.serve(ours, "unix")
+        assert theirs.recv(10) == b""
+    assert "a connection failed: OSError" in caplog.text
+
+
 async def test_a_connection_that_arrives_while_draining_is_closed() -> None:
     crowd = daemon.Crowd(Broken(), ConnectionBounds(), max_connections=2)
     crowd.drain()

@@ -230,13 +230,18 @@ class Crowd:
         if self._draining or len(self._open) >= self.max_connections:
             sock.close()
             return
-        peer = Peer(next(self._numbers), transport, credentials_of(sock))
-        connection = Connection(sock, self.pipeline, peer, self.bounds)
+        try:
+            peer = Peer(next(self._numbers), transport, credentials_of(sock))
+            await self._serve(Connection(sock, self.pipeline, peer, self.bounds))
+        except* Exception as errors:
+            log_bug("a connection failed", errors)
+        finally:
+            sock.close()
+
+    async def _serve(self, connection: Connection) -> None:
         self._open.add(connection)
         try:
             await connection.serve()
-        except* Exception as errors:
-            log_bug("a connection failed", errors)
         finally:
             self._open.discard(connection)
 
