@@ -11,25 +11,29 @@ MAX_FRAME_BYTES: Final = 1 << 20
 MIN_FRAME_BYTES: Final = 1 << 10
 """Below this the longest legal request for a small secret would not fit."""
 MAX_FRAME_BYTES_CEILING: Final = 1 << 26
-"""What a configuration may raise the frame to: 256 connections must still fit in memory."""
+"""What a configuration may raise the frame to; each connection may hold one."""
 MAX_CONNECTIONS: Final = 256
 MAX_CONNECTIONS_CEILING: Final = 1 << 16
 IDLE_TIMEOUT: Final = 30.0
 """From when the server starts to wait for a frame until it is whole, so one byte a second does not help."""
 WRITE_TIMEOUT: Final = 10.0
-"""A client that does not read its replies for this long is cut off."""
+"""A client that does not take the replies of a turn within this time is cut off."""
 DRAIN_TIMEOUT: Final = 5.0
 """What requests in flight get to finish after SIGTERM."""
 MAX_NESTING: Final = 32
 """Levels of objects and arrays in a request line, which itself needs one. Python's own bound differs by version."""
 READ_BYTES: Final = 1 << 14
-"""One read. Together with one frame it is all that a connection can make the server hold. Less than what the allocator
-takes from the system and gives back each time."""
+"""One read. Together with one frame and the replies of a turn it is all that a connection can make the server hold. Less
+than what the allocator takes from the system and gives back each time."""
 TURN_REQUESTS: Final = 32
 """Requests of one connection that are answered before the others have their turn: about 0.15 ms of small ones."""
+MAX_REJECTIONS: Final = 100
+"""Requests in a row without a right token, after which a connection is closed. Each costs a line in the log."""
+MAX_QUEUED_LINES: Final = 10_000
+"""Lines of the log that wait for whoever reads standard error: about a megabyte."""
 ACCEPT_BACKLOG: Final = 512
 GROUP_COMMIT_MAX: Final = 256
-"""Mutations that share one save. As many as there may be connections, so no one waits for two saves."""
+"""Mutations that share one save. As many as there are connections by default, so that no one waits for two saves."""
 MAX_KEY_GROUPS: Final = 100_000
 """A keyring lives in memory and is written whole at each save."""
 MAX_VERSIONS_PER_GROUP: Final = 10_000

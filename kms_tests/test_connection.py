@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kms.server.connection import Connection, ConnectionBounds
-from kms.server.middleware import Later, Peer
+from kms.server.middleware import Later, Peer, Rejection
 
 
 class Echo:
@@ -319,3 +319,94 @@ async def test_a_client_that_takes_no_replies_makes_the_server_hold_the_replies_
             theirs.close()
             assert answered - in_the_socket <= 32 * size
             nursery.cancel_scope.cancel()
+
+
+class Doorkeeper(Echo):
+    """Rejects every line but `good`."""
+
+    def serve(self, line: bytes, peer: Peer) -> bytes:
+        self.served.append(line)
+        return line if line == b"good" else Rejection(b"rejected")
+
+
+async def test_who_shows_no_right_token_does_not_earn_more_time(autojump_clock: MockClock) -> None:
+    with connected(Doorkeeper()) as (connection, client, _):
+        start = trio.current_time()
+
+        async def knock() -> None:
+            with contextlib.suppress(trio.BrokenResourceError):
+                while True:
+                    await client.send_all(b"bad\n")
+                    await client.receive_some()
+                    await trio.sleep(8)
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(knock)
+            await connection.serve()
+            nursery.cancel_scope.cancel()
+        assert trio.current_time() - start == pytest.approx(31, abs=1)
+
+
+async def test_a_right_token_earns_time_again(autojump_clock: MockClock) -> None:
+    with connected(Doorkeeper()) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            for _round in range(4):
+                for line in (b"bad\n", b"good\n"):
+                    await trio.sleep(14)
+                    await client.send_all(line)
+                    assert await client.receive_some()
+            nursery.cancel_scope.cancel()
+
+
+async def test_a_connection_is_good_for_a_hundred_wrong_tokens_in_a_row(autojump_clock: MockClock) -> None:
+    pipeline = Doorkeeper()
+    with connected(pipeline) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(b"bad\n" * 99 + b"good\n" + b"bad\n" * 500)
+            assert (await read_to_end(client)).count(b"\n") == 200
+        assert len(pipeline.served) == 200
+
+
+async def _order_of(greedy_lines: bytes, pipeline: Echo, after: int, *, clients: int = 1) -> list[bytes]:
+    """What was served in which order, when greedy clients sent lines, and a modest one its own once `after` were served."""
+    modest_ours, modest = socket.socketpair()
+    serve = pipeline.serve
+
+    def ordered(line: bytes, peer: Peer) -> bytes | Later:
+        reply = serve(line, peer)
+        if len(pipeline.served) == after:
+            modest.sendall(b"modest\n")
+        return reply
+
+    bounds = ConnectionBounds(max_frame_bytes=1 << 20, idle_timeout=30, write_timeout=10)
+    with contextlib.ExitStack() as sockets:
+        pipeline.serve = ordered  # type: ignore[method-assign]
+        async with trio.open_nursery() as nursery:
+            for sock in (modest_ours, modest):
+                sockets.enter_context(sock)
+            modest_ours.settimeout(0)
+            nursery.start_soon(Connection(modest_ours, pipeline, Peer(1, "unix"), bounds).serve)
+            for number in range(clients):
+                ours, greedy = socket.socketpair()
+                for sock in (ours, greedy):
+                    sockets.enter_context(sock)
+                    sock.settimeout(0)
+                nursery.start_soon(Connection(ours, pipeline, Peer(number + 2, "unix"), bounds).serve)
+                stream = trio.SocketStream(trio.socket.from_stdlib_socket(greedy))
+                nursery.start_soon(stream.send_all, greedy_lines)
+            while b"modest" not in pipeline.served:
+                await trio.lowlevel.checkpoint()
+            nursery.cancel_scope.cancel()
+    return pipeline.served
+
+
+async def test_who_shows_no_right_token_holds_another_up_for_two_requests_at_most() -> None:
+    served = await _order_of(b"bad\n" * 90, Doorkeeper(), after=20)
+    assert served.index(b"modest") - 20 <= 2
+
+
+async def test_large_frames_are_served_one_at_a_time_and_others_between_them() -> None:
+    served = await _order_of(b"x" * (1 << 16) + b"\n", Echo(), after=2, clients=20)
+    assert served.index(b"modest") - 2 <= 2

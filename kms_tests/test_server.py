@@ -46,14 +46,14 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 
 def test_the_daemon_gets_configuration_and_secrets_and_gives_the_status(
-    started: list[Any], data: Path, capsys: pytest.CaptureFixture[str]
+    started: list[Any], data: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     before = signal.getsignal(signal.SIGTERM)
     assert main(["--tcp-port", "0", "--no-unix", "--keystore", str(data / "ks.json")]) == 7
     config, *rest = started
     assert (config.tcp_port, config.unix_socket, config.keystore) == (0, None, data / "ks.json")
     assert rest == [b"hunter2", b"api", b"admin", before]
-    assert "kms-server: ready on\\nsomething\n" in capsys.readouterr().err
+    assert "kms-server: ready on\\nsomething\n" in capfd.readouterr().err
 
 
 def test_flags_win_over_the_environment(started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

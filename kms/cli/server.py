@@ -8,12 +8,12 @@ import hmac
 import logging
 import os
 import signal
-import sys
 from collections.abc import Sequence
 from typing import Any, Final
 
 import rich_click as click
 
+from kms.cli.lines import BackgroundLines
 from kms.cli.options import ADMIN, API, PATH, Plane, epilog, version_option
 from kms.cli.prompt import obtain
 from kms.cli.run import one_line, run, stop_signals_raise
@@ -23,6 +23,7 @@ from kms.host.hardening import forbid_dumps
 from kms.server.config import ServerConfig, resolve
 
 PROGRAM: Final = "kms-server"
+_STANDARD_ERROR: Final = 2
 
 
 @click.command(
@@ -69,8 +70,9 @@ def command(**flags: Any) -> int:
     ~/.mini-kms; kms-admin init fills it.
     """
     config = resolve(flags, os.environ)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     with contextlib.ExitStack() as secrets:
+        lines = secrets.enter_context(BackgroundLines(_STANDARD_ERROR, PROGRAM))
+        logging.basicConfig(stream=lines, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         # Only until the daemon runs: it has its own way to stop.
         with stop_signals_raise():
             api, admin, passphrase = _secrets(config, secrets)
@@ -79,7 +81,14 @@ def command(**flags: Any) -> int:
         from kms.core.derive import KdfParameters
         from kms.server import daemon
 
-        return daemon.run(config, passphrase, api, admin, parameters=KdfParameters(), say=_say)
+        return daemon.run(
+            config,
+            passphrase,
+            api,
+            admin,
+            parameters=KdfParameters(),
+            say=lambda line: lines.write(f"{PROGRAM}: {one_line(line)}\n"),
+        )
 
 
 def _secrets(config: ServerConfig, wiped: contextlib.ExitStack) -> tuple[Secret, Secret, Secret]:
@@ -102,12 +111,6 @@ def _token(plane: Plane, config: ServerConfig) -> Secret:
 def _digest(token: Secret) -> bytes:
     with token.view() as view:
         return hashlib.sha256(view).digest()
-
-
-def _say(line: str) -> None:
-    # Whoever read standard error may have gone; the server stays, and stops as it should.
-    with contextlib.suppress(OSError):
-        click.echo(f"{PROGRAM}: {one_line(line)}", err=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

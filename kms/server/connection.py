@@ -7,7 +7,10 @@ Rules:
 - a batch of replies has to be taken by the client within the write time;
 - while a request is at work there is no deadline;
 - replies go out in the order of the requests, one `send` for all replies of a turn;
-- after TURN_REQUESTS requests it is the other connections' turn, however many more one read has brought;
+- after TURN_REQUESTS requests it is the other connections' turn, however many more one read has brought; after one that
+  shows no right token, at once;
+- frames of more than one read are served one at a time, over all connections: each may take as long as a thousand others;
+- who shows no right token does not earn a new idle time, and is cut off after MAX_REJECTIONS requests in a row;
 - what one connection makes the server hold is one unfinished frame, one read, and the replies of one turn.
 
 It works on the bare non-blocking socket: `SocketStream` pays a trip through the scheduler for each send that would
@@ -27,12 +30,14 @@ from typing import Protocol
 
 import trio
 
-from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
-from kms.server.middleware import Later, Peer
+from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, MAX_REJECTIONS, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
+from kms.server.middleware import Later, Peer, Rejection
 from kms.wire.framing import Framer
 
 _LINGER_SECONDS = 1.0
 _LINGER_READS = 64
+_one_large_frame = trio.Lock()
+"""Two hundred of 1 MiB that end in the same instant would otherwise be one turn of many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,8 @@ class Connection:
         self._scope = trio.CancelScope()
         self._slack = bounds.idle_timeout / 16
         self._deadline = math.inf
+        self._idle_deadline = math.inf
+        self._rejections = 0
         self._clock: Callable[[], float]
         self._waiting = True
         self._draining = False
@@ -103,15 +110,20 @@ class Connection:
                     await self._send(self._pipeline.frame_too_large(self._bounds.max_frame_bytes, self._peer) + b"\n")
                     await self._linger()
                     return
+                if self._rejections >= MAX_REJECTIONS:
+                    return
                 self._await_frame()
             if not data:
                 return
 
     def _await_frame(self) -> None:
         self._waiting = True
-        earliest = self._clock() + self._bounds.idle_timeout
-        if not earliest <= self._deadline <= earliest + self._slack:
-            self._end_at(earliest + self._slack)
+        if not self._rejections:
+            earliest = self._clock() + self._bounds.idle_timeout
+            if not earliest <= self._idle_deadline <= earliest + self._slack:
+                self._idle_deadline = earliest + self._slack
+        if self._deadline != self._idle_deadline:
+            self._end_at(self._idle_deadline)
 
     def _end_at(self, deadline: float) -> None:
         self._deadline = self._scope.deadline = deadline
@@ -120,7 +132,7 @@ class Connection:
         serve, peer = self._pipeline.serve, self._peer
         replies = bytearray()
         for number, frame in enumerate(frames, 1):
-            reply = serve(frame, peer)
+            reply = serve(frame, peer) if len(frame) <= READ_BYTES else await self._serve_large(frame)
             if not isinstance(reply, bytes):
                 # It waits for the disk: what is ready must not wait with it.
                 await self._send(replies)
@@ -129,12 +141,24 @@ class Connection:
                 reply = await reply()
             replies += reply
             replies += b"\n"
-            if (number % TURN_REQUESTS == 0 and number < len(frames)) or len(replies) >= READ_BYTES:
+            if type(reply) is Rejection:
+                self._rejections += 1
+                if self._rejections >= MAX_REJECTIONS:
+                    break
+            else:
+                self._rejections = 0
+            is_last = number == len(frames)
+            if not is_last and (self._rejections or number % TURN_REQUESTS == 0 or len(replies) >= READ_BYTES):
                 await self._send(replies)
                 replies.clear()
                 self._end_at(math.inf)
                 await trio.lowlevel.checkpoint()
         await self._send(replies)
+
+    async def _serve_large(self, frame: bytes) -> bytes | Later:
+        self._end_at(math.inf)
+        async with _one_large_frame:
+            return self._pipeline.serve(frame, self._peer)
 
     async def _send(self, data: bytes | bytearray) -> None:
         if not data:

@@ -54,6 +54,10 @@ Later = Callable[[], Awaitable[bytes]]
 """A reply that may wait for the disk. Nothing of it has begun until it is called, so it may be dropped until then."""
 
 
+class Rejection(bytes):
+    """A reply to somebody who has not shown to be anybody: no right token, or no request that could say whose it is."""
+
+
 class Credentials(NamedTuple):
     """The process that connected, as the kernel vouches for it (unix(7), SO_PEERCRED); the gid is its primary group's."""
 
@@ -165,6 +169,8 @@ class RequestPipeline:
         try:
             authorize(self._policy, self._authenticator.authenticate(_DATA, request.token, peer), request)
             return encode(self._data_handlers[type(request)](request))
+        except AuthFailedError as error:
+            return Rejection(_refused(request, peer, error))
         except WireError as error:
             return _refused(request, peer, error)
         except Exception as error:  # a bug must cost one reply, not the connection
@@ -173,6 +179,8 @@ class RequestPipeline:
     async def _serve_control(self, request: Request, peer: Peer) -> bytes:
         try:
             reply = encode(await self._control_handlers[type(request)](request, _Caller(self, request, peer)))
+        except AuthFailedError as error:
+            return Rejection(_refused(request, peer, error))
         except WireError as error:
             return _refused(request, peer, error)
         except Exception as error:  # a bug must cost one reply, not the connection
@@ -185,13 +193,13 @@ class RequestPipeline:
         return _refused(None, peer, FrameTooLargeError(f"a request line has at most {limit} bytes"))
 
     def _refuse_undecodable(self, error: UndecodableRequestError, peer: Peer) -> bytes:
-        refusal: WireError = error.reason
-        if error.kind is not None:
-            try:
-                self._authenticator.authenticate(error.kind.plane, error.token, peer)
-            except AuthFailedError as failure:
-                refusal = failure
-        return _refused(error.kind, peer, refusal)
+        if error.kind is None:
+            return Rejection(_refused(None, peer, error.reason))
+        try:
+            self._authenticator.authenticate(error.kind.plane, error.token, peer)
+        except AuthFailedError as failure:
+            return Rejection(_refused(error.kind, peer, failure))
+        return _refused(error.kind, peer, error.reason)
 
 
 class _Caller:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
 import signal
 import socket
 import stat
@@ -246,3 +248,24 @@ def test_no_secret_is_where_others_could_read_it(machine: Machine) -> None:
     for place in places:
         for secret in secrets:
             assert secret.encode() not in place, secret
+
+
+def test_standard_error_that_nobody_reads_stops_nobody(machine: Machine) -> None:
+    reading, writing = os.pipe()
+    fcntl.fcntl(writing, fcntl.F_SETPIPE_SZ, 4096)
+    with os.fdopen(reading, "rb"), os.fdopen(writing, "wb") as stderr:
+        process = machine.popen("server", "--no-tcp", stderr=stderr, stdout=subprocess.DEVNULL)
+        try:
+            eventually("the socket is there", machine.socket.exists)
+            for _ in range(20):
+                with Wire(machine.socket) as stranger:
+                    stranger.send(*[{}] * 99)
+                    for _reply in range(99):
+                        assert stranger.reply()["errorCode"] == "InvalidRequest"
+            with Wire(machine.socket) as wire:
+                assert wire.ask(type="Health", token=machine.api_token)["status"] == "ok"
+            process.terminate()
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
+            process.communicate()
