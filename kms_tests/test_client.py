@@ -483,3 +483,8 @@ def test_no_token_is_asked_for_or_read_when_the_user_id_is_to_do(
     assert main(["--no-token", "--unix", "/run/kms.sock", "--token-file", str(tmp_path / "t"), "health"]) == 64
     assert "exclude each other" in error_line(capsys)
     assert fake.tokens == [b""]
+
+
+def test_no_command_at_all_is_one_line_that_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == errors.EXIT_USAGE
+    assert capsys.readouterr().err == "kms-client: error: give a command; see kms-client --help\n"

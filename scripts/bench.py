@@ -90,11 +90,12 @@ def main(
         rounds, seconds, file_mib, items = 1, 0.1, 16, 1_000
     console, progress = Console(), Console(stderr=True)
     # In a narrower terminal the lines wrap, which reads better than columns cut to two letters.
-    console.width = max(console.width, 120)
+    console.width = max(console.width, 130)
     figures = report.Figures()
-    bench = Bench()
     try:
-        with progress.status("") as status:
+        with Bench() as bench, progress.status("") as status:
+            if "files" in chosen:
+                files.require_age()
 
             def said(what: str) -> None:
                 status.update(what)
@@ -120,8 +121,6 @@ def main(
     except BenchmarkError as error:
         progress.print(f"bench: {error}", markup=False, highlight=False)
         sys.exit(1)
-    finally:
-        bench.close()
     machine_ = machine()
     report.show(console, figures, machine_)
     if not short:

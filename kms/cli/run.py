@@ -137,6 +137,9 @@ def _fail(program: str, message: str, status: int) -> int:
 
 
 def _usage_complaint(error: click.ClickException) -> str:
+    if "\n" in error.format_message().strip():
+        # Of a group that was given no command, click complains with the whole help.
+        return "give a command"
     message = " ".join(error.format_message().split()).rstrip(".")
     if message.startswith("Got unexpected extra argument"):
         # Those that follow in parentheses may be the rest of an unquoted --text.

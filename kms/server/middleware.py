@@ -1,7 +1,8 @@
 """The chain every request passes: audit(authenticate(authorize(handler))).
 
 Authentication comes before validation. A line that does not decode is still asked for its token, and a caller who is
-nobody learns nothing about what was wrong with the line. The audit stands outermost, so that it sees every outcome:
+nobody learns nothing about what was wrong with the request; only a line of no known type has no plane whose token it
+could be asked for. The audit stands outermost, so that it sees every outcome:
 control-plane operations and every refusal are logged, never a token, plaintext, ciphertext or AAD.
 
 Who comes in and what they may do is decided anew for each request, by whatever authenticator and policy are in force

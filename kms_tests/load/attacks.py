@@ -150,6 +150,20 @@ def hoard(server: Server, idle: float, clients: int = 200) -> None:
         wait_for("who sends no whole frame is cut off", lambda: all(map(has_ended, everybody)), idle + GRACE)
 
 
+def avalanche(server: Server, clients: int = 60) -> None:
+    """Lines that are as long as may be and take as long as any to be refused, all of which end in the same instant."""
+    opened = b'{"type":"Health","x":' + b"[" * 40
+    line = opened + b'"",' * ((MAX_FRAME_BYTES - len(opened)) // 3)
+    with contextlib.ExitStack() as crowd:
+        everybody = [crowd.enter_context(connect(server)) for _ in range(clients)]
+        for sock in everybody:
+            sock.sendall(line)
+        for sock in everybody:
+            sock.sendall(b"\n")
+        for sock in everybody:
+            assert b"nested too deeply" in sock.recv(1024)
+
+
 def deaf(server: Server, write_timeout: float, clients: int = 10) -> None:
     """Clients that ask for much and read nothing are cut off when their time is over."""
     request = {"type": "Encrypt", "token": server.machine.api_token, "plaintext": "A" * 200_000}

@@ -69,6 +69,11 @@ def test_200_frames_of_1_MiB_that_never_end(server: Server, idle: float) -> None
             attacks.hoard(server, idle)
 
 
+def test_60_frames_of_1_MiB_that_end_at_once(server: Server) -> None:
+    with unharmed(server):
+        attacks.avalanche(server)
+
+
 def test_clients_that_never_read_their_replies(server: Server) -> None:
     with unharmed(server):
         attacks.deaf(server, WRITE_TIMEOUT)

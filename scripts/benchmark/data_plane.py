@@ -6,6 +6,7 @@ import base64
 import contextlib
 import json
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
@@ -48,6 +49,11 @@ class Row(msgspec.Struct, frozen=True, rename="camel"):
     p50: float
     p99: float
     max: float
+    echo_p50: float
+    echo_p99: float
+    busy: float
+    """CPU time of the server as a share of the time: far from 1 with 32 clients, something else took its core."""
+    echo_busy: float
     cpu_per_request: float
     resident_mib: float
     load_busy: float
@@ -118,27 +124,45 @@ def measure(
             said(what)
             for pid in (server.pid, large[0], small[0]):
                 pin(pid, 0)
-            _, echo_socket, echo_port = large if work.name == "Encrypt 4 KiB" else small
+            echo_pid, echo_socket, echo_port = large if work.name == "Encrypt 4 KiB" else small
             unix = transport == "unix"
             address = f"unix:{server.socket}" if unix else f"tcp:{server.port}"
             echo_address = f"unix:{echo_socket}" if unix else f"tcp:{echo_port}"
             ours: list[LoadResult] = []
             theirs: list[LoadResult] = []
             cpu: list[float] = []
+            busy: list[float] = []
+            echo_busy: list[float] = []
             for number in range(rounds):
                 # Each goes first in every other round: a machine that slows down meanwhile favours neither.
                 for is_ours in (number % 2 == 0, number % 2 == 1):
+                    before, start = cpu_seconds(server.pid if is_ours else echo_pid), time.perf_counter()
+                    where = address if is_ours else echo_address
+                    result, replies = bench.load(where, connections, depth, seconds, work.request, alone=True)
+                    used = cpu_seconds(server.pid if is_ours else echo_pid) - before
+                    share = used / (time.perf_counter() - start)
                     if not is_ours:
-                        theirs.append(bench.load(echo_address, connections, depth, seconds, work.request, alone=True)[0])
+                        theirs.append(result)
+                        echo_busy.append(share)
                         continue
-                    before = cpu_seconds(server.pid)
-                    result, replies = bench.load(address, connections, depth, seconds, work.request, alone=True)
                     if not all(work.is_right(json.loads(reply)) for reply in replies[:SAMPLES]):
                         raise BenchmarkError(f"a reply to {what} is wrong")
                     ours.append(result)
-                    cpu.append((cpu_seconds(server.pid) - before) / result.total)
+                    cpu.append(used / result.total)
+                    busy.append(share)
             rows.append(
-                _row(work.name, transport, connections, depth, seconds, ours, theirs, cpu, resident_mib(server.pid))
+                _row(
+                    work.name,
+                    transport,
+                    connections,
+                    depth,
+                    seconds,
+                    ours,
+                    theirs,
+                    cpu,
+                    resident_mib(server.pid),
+                    (median(busy), median(echo_busy)),
+                )
             )
     return rows
 
@@ -153,6 +177,7 @@ def _row(
     theirs: list[LoadResult],
     cpu: list[float],
     resident: float,
+    busy: tuple[float, float],
 ) -> Row:
     ratios = [our.rate / their.rate for our, their in zip(ours, theirs, strict=True)]
     return Row(
@@ -168,6 +193,10 @@ def _row(
         p50=median([our.p50 for our in ours]) * 1e6,
         p99=median([our.p99 for our in ours]) * 1e6,
         max=median([our.max for our in ours]) * 1e6,
+        echo_p50=median([their.p50 for their in theirs]) * 1e6,
+        echo_p99=median([their.p99 for their in theirs]) * 1e6,
+        busy=busy[0],
+        echo_busy=busy[1],
         cpu_per_request=median(cpu) * 1e6,
         resident_mib=resident,
         load_busy=1 - median([our.waited for our in ours]) / seconds,

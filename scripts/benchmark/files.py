@@ -39,14 +39,18 @@ class ColdStart(msgspec.Struct, frozen=True, rename="camel"):
     milliseconds: float
 
 
+def require_age() -> None:
+    """Raise `BenchmarkError` when there is nothing to compare with: better at once than after minutes."""
+    if shutil.which("age") is None or shutil.which("age-keygen") is None:
+        raise BenchmarkError("age is not installed; apt-get install age")
+
+
 def measure(bench: Bench, directory: Path, *, size_mib: int, rounds: int, said: Callable[[str], None]) -> list[FileRate]:
     """Encrypt, decrypt and copy a file of random bytes in `directory`, in turns.
 
     Each is followed by a sync of what it wrote, and that counts: kms-client has made its output durable by then, the
     others have not.
     """
-    if shutil.which("age") is None or shutil.which("age-keygen") is None:
-        raise BenchmarkError("age is not installed; apt-get install age")
     plain, sealed, opened, other, back, copy = (
         directory / name for name in ("plain", "sealed.mke", "opened", "sealed.age", "back", "copy")
     )

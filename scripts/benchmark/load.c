@@ -258,17 +258,17 @@ int main(int argc, char **argv) {
     }
 
     uint64_t at = now(), from = UINT64_MAX, until = UINT64_MAX;
-    uint64_t waited = 0, active = at;
+    uint64_t waited = 0, active = at, idle_since = at;
     int pause = argc > 8 ? 0 : 1000;
     unsigned under_way = connections * depth, silent = connections;
     for (unsigned i = 0; i < connections; i++) queue(&all[i], depth, at);
     while (under_way) {
         int ready = epoll_wait(epoll, events, (int)connections, pause);
         if (ready < 0) fail("epoll");
+        at = now();
+        if (idle_since >= from && at < until) waited += at - idle_since;
+        idle_since = at;
         if (!ready) {
-            uint64_t last = at;
-            at = now();
-            if (last >= from && at < until) waited += at - last;
             if (at - active > (uint64_t)DRAIN_SECONDS * 1000000000u) fail("no reply");
             continue;
         }
@@ -291,6 +291,7 @@ int main(int argc, char **argv) {
             else
                 under_way -= replies;
         }
+        idle_since = now();
     }
 
     FILE *samples = fopen(argv[7], "w");

@@ -10,7 +10,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final
+from types import TracebackType
+from typing import Final, Self
 
 import msgspec
 
@@ -39,18 +40,22 @@ class BenchmarkError(Exception):
 class Bench:
     """A private directory with the compiled load generator, and the processes that live as long as it."""
 
-    def __init__(self) -> None:
-        self.directory = Path(tempfile.mkdtemp(prefix="kmsbench"))
-        self._cleanup = contextlib.ExitStack()
-        self._cleanup.callback(shutil.rmtree, self.directory, ignore_errors=True)
-        self._load = self.directory / "load"
+    def __enter__(self) -> Self:
+        """Raises `BenchmarkError` when there is no C compiler."""
         compiler = shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise BenchmarkError("no C compiler for the load generator; install gcc")
-        subprocess.run([compiler, "-O2", "-o", str(self._load), str(HERE / "load.c")], check=True)
+        self.directory = Path(tempfile.mkdtemp(prefix="kmsbench"))
+        self._load = self.directory / "load"
+        try:
+            subprocess.run([compiler, "-O2", "-o", str(self._load), str(HERE / "load.c")], check=True)
+        except BaseException:
+            shutil.rmtree(self.directory)
+            raise
+        return self
 
-    def close(self) -> None:
-        self._cleanup.close()
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        shutil.rmtree(self.directory, ignore_errors=True)
 
     @contextlib.contextmanager
     def machine(self, template: Path | None = None) -> Iterator[Machine]:

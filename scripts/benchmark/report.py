@@ -83,7 +83,7 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
         console.print(f"{name:10} {value}", highlight=False)
     if figures.data_plane:
         table = _table("Data plane: replies per second, times in us", "what", "replies", "of the echo's")
-        for column in ("p50", "p99", "max", "CPU each", "RSS, MiB", "load busy"):
+        for column in ("p50", "p99", "max", "CPU each", "RSS, MiB", "busy", "load busy"):
             table.add_column(column, justify="right")
         for row in figures.data_plane:
             table.add_row(
@@ -95,12 +95,19 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
                 f"{row.max:,.0f}",
                 f"{row.cpu_per_request:.1f}",
                 f"{row.resident_mib:.0f}",
+                f"{row.busy:.0%} ({row.echo_busy:.0%})",
                 f"{row.load_busy:.0%} ({row.echo_load_busy:.0%})",
             )
         console.print(table)
     if figures.mutations:
         table = _table(
-            "Rotations, each durable before its answer: times in ms", "groups", "clients", "per second", "p50", "p99"
+            "Mutations, each durable before its answer: times in ms",
+            "what",
+            "groups",
+            "clients",
+            "per second",
+            "p50",
+            "p99",
         )
         for mutated in figures.mutations:
             table.add_row(
