@@ -233,7 +233,8 @@ def decode_request(line: bytes) -> Request:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _undecodable(line, error) from None
     # A backslash, too: the padding may be escaped.
-    if _BACKSLASH in line or (_PADDING in line and _LOOSE_PADDING.search(line)):
+    padding = line.find(b"=")
+    if _BACKSLASH in line or (padding >= 0 and _LOOSE_PADDING.search(line, padding)):
         field = _non_canonical_field(request, line)
         if field is not None:
             reason = InvalidRequestError(f"{field}: not canonical base64")
@@ -243,14 +244,13 @@ def decode_request(line: bytes) -> Request:
 
 _ARRAY: Final = ord("[")
 _BACKSLASH: Final = ord("\\")
-_PADDING: Final = ord("=")
 """As numbers, since `int in bytes` takes 0.04 us where `bytes in bytes` takes 0.17."""
 
 _LOOSE_PADDING: Final = re.compile(rb'="(?<![AQgw]==")(?<![AEIMQUYcgkosw048]=")')
 """The end of a string that may be base64 with unused bits set; it need not be a binary field.
 
 It begins with what it looks for and only then looks back: with the alternatives in front it had to be tried at every
-byte, which took 174 us instead of 1.7 at 4 KiB.
+byte, which took 174 us instead of 1.7 at 4 KiB. Begun at the first `=` it takes 0.3, as that stands at the value's end.
 """
 
 
@@ -303,7 +303,7 @@ _AT_FIELD: Final = re.compile(r"(?s)(.*) - at `\$\.(\w+)`")
 
 
 def _rule(complaint: str) -> str:
-    """msgspec's complaint as `field: rule`. It names types and bounds, never a value, except for a tag, handled before."""
+    """msgspec's complaint as `field: rule`. It names types and bounds, and of values only a second `type`, no secret."""
     if missing := _MISSING.match(complaint):
         return f"{missing[1]}: missing"
     if at_field := _AT_FIELD.match(complaint):

@@ -150,7 +150,7 @@ def mutations(
 def interference(
     bench: Bench, directory: Path, *, rounds: int, seconds: float, said: Callable[[str], None]
 ) -> list[Interference]:
-    """Encrypt by one client and by 32, alone and beside another client, in turns.
+    """Encrypt by one client and by 32, first alone, then beside another client.
 
     That one rotates ten groups without pause, or keeps 100,000 requests under way.
     """
