@@ -96,11 +96,7 @@ class Authenticator:
     def authenticate(self, plane: Plane, token: str, peer: Peer) -> Principal:
         """Who may be served on `plane`, by `token` or by what is known of `peer`; raises `AuthFailedError`."""
         shared = self.api if plane is _DATA else self.admin
-        try:
-            presented = sha256(token.encode("utf-8")).digest()
-        except UnicodeEncodeError:  # a lone surrogate, which no token has
-            presented = b""
-        if compare_digest(presented, shared.digest):
+        if compare_digest(presented_digest(token), shared.digest):
             return shared.principal
         raise AuthFailedError(shared.refusal)
 
@@ -108,6 +104,14 @@ class Authenticator:
 def _digest(token: Secret) -> bytes:
     with token.view() as view:
         return sha256(view).digest()
+
+
+def presented_digest(token: str) -> bytes:
+    """The SHA-256 of a token that somebody shows; empty for one with a lone surrogate, which no token has."""
+    try:
+        return sha256(token.encode("utf-8")).digest()
+    except UnicodeEncodeError:
+        return b""
 
 
 def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any) -> None:
@@ -170,22 +174,14 @@ class RequestPipeline:
         try:
             authorize(self._policy, self._authenticator.authenticate(_DATA, request.token, peer), request)
             return encode(self._data_handlers[type(request)](request))
-        except AuthFailedError as error:
-            return Rejection(_refused(request, peer, error))
-        except WireError as error:
-            return _refused(request, peer, error)
-        except Exception as error:  # a bug must cost one reply, not the connection
-            return _broken(request, peer, error)
+        except Exception as error:
+            return _failed(request, peer, error)
 
     async def _serve_control(self, request: Request, peer: Peer) -> bytes:
         try:
             reply = encode(await self._control_handlers[type(request)](request, _Caller(self, request, peer)))
-        except AuthFailedError as error:
-            return Rejection(_refused(request, peer, error))
-        except WireError as error:
-            return _refused(request, peer, error)
-        except Exception as error:  # a bug must cost one reply, not the connection
-            return _broken(request, peer, error)
+        except Exception as error:
+            return _failed(request, peer, error)
         _record(request, peer, "ok")
         return reply
 
@@ -199,7 +195,7 @@ class RequestPipeline:
         try:
             self._authenticator.authenticate(error.kind.plane, error.token, peer)
         except AuthFailedError as failure:
-            return Rejection(_refused(error.kind, peer, failure))
+            return _refused(error.kind, peer, failure)
         return _refused(error.kind, peer, error.reason)
 
 
@@ -220,14 +216,18 @@ class _Caller:
         return self._pipeline.visible(self._principal, groups)
 
 
-def _refused(request: Request | type[Request] | None, peer: Peer, error: WireError) -> bytes:
-    _record(request, peer, error.code)
-    return encode(ErrorReply(error.code, str(error)))
-
-
-def _broken(request: Request, peer: Peer, error: Exception) -> bytes:
+def _failed(request: Request, peer: Peer, error: Exception) -> bytes:
+    """The reply to a request that raised. A bug costs this one reply, not the connection."""
+    if isinstance(error, WireError):
+        return _refused(request, peer, error)
     log_bug(f"unexpected error in {request.operation.value}", error)
     return _refused(request, peer, InternalError("internal error; the server's log has the details"))
+
+
+def _refused(request: Request | type[Request] | None, peer: Peer, error: WireError) -> bytes:
+    _record(request, peer, error.code)
+    reply = encode(ErrorReply(error.code, str(error)))
+    return Rejection(reply) if isinstance(error, AuthFailedError) else reply
 
 
 def log_bug(what: str, error: BaseException) -> None:

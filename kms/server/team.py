@@ -11,14 +11,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from hashlib import sha256
 from hmac import compare_digest
 from typing import Final, NamedTuple
 
 from kms.core.policy import AllowAll, GrantPolicy, KeyAuthorizationPolicy, Plane, Principal
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
 from kms.server.config import ServerConfig
-from kms.server.middleware import Authenticator, Peer, SharedToken
+from kms.server.middleware import Authenticator, Peer, SharedToken, presented_digest
 from kms.server.principals import Principals, load
 
 _DATA: Final = Plane.DATA
@@ -63,10 +62,7 @@ class TeamAuthenticator(Authenticator):
 
     def authenticate(self, plane: Plane, token: str, peer: Peer) -> Principal:
         known = self._data if plane is _DATA else self._control
-        try:
-            presented = sha256(token.encode("utf-8")).digest()
-        except UnicodeEncodeError:  # a lone surrogate, which no token has
-            presented = b""
+        presented = presented_digest(token)
         # How long a look at the table takes may tell about digests of wrong tokens, which whoever sends them knows, but
         # not how near a right one they came: to make a digest begin as another does is to search for it. The
         # comparison that lets somebody in takes as long wherever the two differ, all the same.
