@@ -50,7 +50,7 @@ def test_a_system_that_refuses_is_an_error(monkeypatch: pytest.MonkeyPatch) -> N
             return -1
 
     monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
-    monkeypatch.setattr(hardening, "_libc", Refusing)
+    monkeypatch.setattr(hardening, "LIBC", Refusing())
     with pytest.raises(OSError, match="PR_SET_DUMPABLE"):
         hardening.forbid_dumps()
 

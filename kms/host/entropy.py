@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from typing import Final
 
 from kms.core.secret import Secret
+from kms.host.libc import LIBC
 from kms.limits import KEY_BYTES
-
-_libc: Final = ctypes.CDLL(None, use_errno=True)
-"""Opened once: it makes a class each time, which took longer than all the rest."""
 
 
 def random_secret(length: int) -> Secret:
@@ -20,7 +17,7 @@ def random_secret(length: int) -> Secret:
     """
     buffer = bytearray(length)
     target = (ctypes.c_char * length).from_buffer(buffer)
-    if _libc.getentropy(target, ctypes.c_size_t(length)) != 0:
+    if LIBC.getentropy(target, ctypes.c_size_t(length)) != 0:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
     return Secret(buffer)
 

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from typing import Final
 
+from kms.host.libc import LIBC
 from kms.limits import READ_BYTES
 
 _PR_SET_DUMPABLE: Final = 4
@@ -28,7 +29,7 @@ _LARGE_BYTES: Final = READ_BYTES + 1024
 def forbid_dumps() -> None:
     """Core limit 0 and, on Linux, not dumpable. Raises `OSError` when the system refuses, which it has no reason to."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if sys.platform == "linux" and _libc().prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
+    if sys.platform == "linux" and LIBC.prctl(_PR_SET_DUMPABLE, 0, 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
 
 
@@ -41,7 +42,7 @@ def lock_memory() -> bool:
     unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
     if not unlimited and not _may_exceed_limits():
         return False
-    return int(_libc().mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)) == 0
+    return int(LIBC.mlockall(_MCL_CURRENT | _MCL_FUTURE | _MCL_ONFAULT)) == 0
 
 
 def give_memory_back() -> None:
@@ -50,7 +51,7 @@ def give_memory_back() -> None:
     glibc stops doing so by itself (mallopt(3): the threshold is dynamic) once it has seen such blocks come and go. What
     a few hundred unfinished frames took would then stay with this process, and in locked memory, for good.
     """
-    mallopt = getattr(_libc(), "mallopt", None)  # glibc's own
+    mallopt = getattr(LIBC, "mallopt", None)  # glibc's own
     if mallopt is not None:
         mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
 
@@ -66,7 +67,7 @@ def take_environment(name: str) -> bytearray | None:
     if value is None:
         return None
     taken = bytearray(value)
-    getenv = _libc().getenv
+    getenv = LIBC.getenv
     getenv.restype = ctypes.c_void_p
     address = getenv(name.encode())
     if address:
@@ -94,7 +95,3 @@ def _may_exceed_limits() -> bool:
     except (OSError, StopIteration):
         return False
     return bool(int(effective.split()[1], 16) >> 14 & 1)
-
-
-def _libc() -> ctypes.CDLL:
-    return ctypes.CDLL(None, use_errno=True)
