@@ -227,16 +227,14 @@ class Crowd:
 
     async def serve(self, sock: socket.socket, transport: str) -> None:
         """Serve one accepted socket, or close it at once when there are too many. A failure ends here."""
-        if self._draining or len(self._open) >= self.max_connections:
-            sock.close()
-            return
-        try:
-            peer = Peer(next(self._numbers), transport, credentials_of(sock))
-            await self._serve(Connection(sock, self.pipeline, peer, self.bounds))
-        except* Exception as errors:
-            log_bug("a connection failed", errors)
-        finally:
-            sock.close()
+        with sock:
+            if self._draining or len(self._open) >= self.max_connections:
+                return
+            try:
+                peer = Peer(next(self._numbers), transport, credentials_of(sock))
+                await self._serve(Connection(sock, self.pipeline, peer, self.bounds))
+            except* Exception as errors:
+                log_bug("a connection failed", errors)
 
     async def _serve(self, connection: Connection) -> None:
         self._open.add(connection)
