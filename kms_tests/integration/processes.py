@@ -23,7 +23,7 @@ PASSPHRASE: Final = "correct horse battery staple"
 DEADLINE: Final = 20.0
 """Seconds that anything here may take."""
 
-MEASURE: Final = """
+_MEASURE: Final = """
 import os, sys
 pid = os.posix_spawn(sys.argv[1], sys.argv[1:], os.environ)
 _, status, usage = os.wait4(pid, 0)
@@ -56,6 +56,24 @@ def after(prologue: str | None, command: list[str]) -> list[str]:
 def program(name: str, change: str = "") -> list[str]:
     """How to run `client`, `admin` or `server`, installed or not; `change` is Python that it runs before it begins."""
     return [sys.executable, "-c", f"{change}\nimport sys; from kms.cli.{name} import main; sys.exit(main())"]
+
+
+def measured(
+    command: list[str], environment: Mapping[str, str], timeout: float = DEADLINE
+) -> tuple[subprocess.CompletedProcess[str], int]:
+    """Run `command`, which begins with the path of a program: how it ended, and the most memory it had, in KiB."""
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", _MEASURE, *command],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+    found = re.search(r"PEAK (\d+)", done.stderr)
+    assert found is not None, done.stderr
+    return done, int(found[1])
 
 
 def eventually(what: str, condition: Callable[[], bool]) -> None:
@@ -271,19 +289,8 @@ class Machine:
 
     def client_peak(self, *arguments: str) -> tuple[int, int]:
         """Run kms-client; its exit status and the most memory it had, in KiB."""
-        process = subprocess.run(
-            [sys.executable, "-S", "-c", MEASURE, *program("client"), *arguments],
-            env=self.environment,
-            cwd=self.root,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=DEADLINE,
-            check=False,
-        )
-        found = re.search(r"PEAK (\d+)", process.stderr)
-        assert found is not None, process.stderr
-        return process.returncode, int(found[1])
+        done, peak = measured([*program("client"), *arguments], self.environment)
+        return done.returncode, peak
 
     def start(self, *flags: str, ready: bool = True, tcp_port: str | None = "0", **options: Any) -> Server:
         """Start kms-server, by default on any free port, and wait for it to be ready."""
