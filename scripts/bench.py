@@ -90,7 +90,7 @@ def main(
         rounds, seconds, file_mib, items = 1, 0.1, 16, 1_000
     console, progress = Console(), Console(stderr=True)
     # In a narrower terminal the lines wrap, which reads better than columns cut to two letters.
-    console.width = max(console.width, 130)
+    console.width = max(console.width, 140)
     figures = report.Figures()
     try:
         with Bench() as bench, progress.status("") as status:

@@ -12,7 +12,7 @@ import trio
 
 from kms import AsyncKmsClient, KmsClient
 from kms_tests.integration.processes import Server
-from scripts.benchmark.processes import Bench
+from scripts.benchmark.processes import Bench, spread
 
 ITEMS: Final = 10_000
 ITEM: Final = b"sixteen bytes..."
@@ -42,9 +42,7 @@ def measure(bench: Bench, *, rounds: int, items: int, said: Callable[[str], None
                     name,
                     items / median([single for single, _ in pairs]),
                     items / median([many for _, many in pairs]),
-                    median(ratios),
-                    min(ratios),
-                    max(ratios),
+                    *spread(ratios),
                 )
             )
     return rows

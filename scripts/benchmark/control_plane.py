@@ -20,7 +20,7 @@ from kms.core.secret import Secret
 from kms.keystore.file import Keystore, KeystoreLock, initialise
 from kms_tests.integration.processes import PASSPHRASE, Server
 from scripts.benchmark.data_plane import encoded, prepare
-from scripts.benchmark.processes import Bench, resident_mib
+from scripts.benchmark.processes import Bench, resident_mib, spread
 
 GROUPS: Final = (10, 1_000, 10_000)
 VERSIONS: Final = {10: 5, 1_000: 3, 10_000: 3}
@@ -173,9 +173,7 @@ def interference(
                 connections,
                 median(quiet) * 1e6,
                 median(disturbed) * 1e6,
-                median(ratios),
-                min(ratios),
-                max(ratios),
+                *spread(ratios),
                 median(rates),
             )
         )

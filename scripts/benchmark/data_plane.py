@@ -11,12 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import product
 from statistics import median
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import msgspec
 
 from kms_tests.integration.processes import Server
-from scripts.benchmark.processes import Bench, BenchmarkError, LoadResult, cpu_seconds, pin, resident_mib
+from scripts.benchmark.processes import Bench, BenchmarkError, LoadResult, cpu_seconds, pin, resident_mib, spread
 
 SHAPES: Final = ((1, 1), (32, 1), (32, 16), (256, 1))
 """Connections x requests under way on each."""
@@ -125,46 +125,36 @@ def measure(
             for pid in (server.pid, large[0], small[0]):
                 pin(pid, 0)
             echo_pid, echo_socket, echo_port = large if work.name == "Encrypt 4 KiB" else small
-            unix = transport == "unix"
-            address = f"unix:{server.socket}" if unix else f"tcp:{server.port}"
-            echo_address = f"unix:{echo_socket}" if unix else f"tcp:{echo_port}"
-            ours: list[LoadResult] = []
-            theirs: list[LoadResult] = []
-            cpu: list[float] = []
-            busy: list[float] = []
-            echo_busy: list[float] = []
+            if transport == "unix":
+                us, echo = (server.pid, f"unix:{server.socket}"), (echo_pid, f"unix:{echo_socket}")
+            else:
+                us, echo = (server.pid, f"tcp:{server.port}"), (echo_pid, f"tcp:{echo_port}")
+            ours: list[Turn] = []
+            theirs: list[Turn] = []
             for number in range(rounds):
                 # Each goes first in every other round: a machine that slows down meanwhile favours neither.
-                for is_ours in (number % 2 == 0, number % 2 == 1):
-                    before, start = cpu_seconds(server.pid if is_ours else echo_pid), time.perf_counter()
-                    where = address if is_ours else echo_address
-                    result, replies = bench.load(where, connections, depth, seconds, work.request, alone=True)
-                    used = cpu_seconds(server.pid if is_ours else echo_pid) - before
-                    share = used / (time.perf_counter() - start)
-                    if not is_ours:
-                        theirs.append(result)
-                        echo_busy.append(share)
-                        continue
-                    if not all(work.is_right(json.loads(reply)) for reply in replies[:SAMPLES]):
-                        raise BenchmarkError(f"a reply to {what} is wrong")
-                    ours.append(result)
-                    cpu.append(used / result.total)
-                    busy.append(share)
-            rows.append(
-                _row(
-                    work.name,
-                    transport,
-                    connections,
-                    depth,
-                    seconds,
-                    ours,
-                    theirs,
-                    cpu,
-                    resident_mib(server.pid),
-                    (median(busy), median(echo_busy)),
-                )
-            )
+                for whom, turns in ((us, ours), (echo, theirs))[:: 1 if number % 2 == 0 else -1]:
+                    turns.append(_turn(bench, *whom, connections, depth, seconds, work.request))
+                if not all(work.is_right(json.loads(reply)) for reply in ours[-1].replies[:SAMPLES]):
+                    raise BenchmarkError(f"a reply to {what} is wrong")
+            rows.append(_row(work.name, transport, connections, depth, seconds, ours, theirs, resident_mib(server.pid)))
     return rows
+
+
+class Turn(NamedTuple):
+    """One load of one server: what the load saw, and the server's CPU time, per request and as a share of the time."""
+
+    load: LoadResult
+    replies: list[bytes]
+    cpu_per_request: float
+    busy: float
+
+
+def _turn(bench: Bench, pid: int, address: str, connections: int, depth: int, seconds: float, request: bytes) -> Turn:
+    before, start = cpu_seconds(pid), time.perf_counter()
+    result, replies = bench.load(address, connections, depth, seconds, request, alone=True)
+    used = cpu_seconds(pid) - before
+    return Turn(result, replies, used / result.total, used / (time.perf_counter() - start))
 
 
 def _row(
@@ -173,33 +163,34 @@ def _row(
     connections: int,
     depth: int,
     seconds: float,
-    ours: list[LoadResult],
-    theirs: list[LoadResult],
-    cpu: list[float],
+    ours: list[Turn],
+    theirs: list[Turn],
     resident: float,
-    busy: tuple[float, float],
 ) -> Row:
-    ratios = [our.rate / their.rate for our, their in zip(ours, theirs, strict=True)]
+    def of(turns: list[Turn], value: Callable[[LoadResult], float]) -> float:
+        return median([value(turn.load) for turn in turns])
+
+    ratio, low, high = spread([our.load.rate / their.load.rate for our, their in zip(ours, theirs, strict=True)])
     return Row(
         operation=operation,
         transport=transport,
         connections=connections,
         depth=depth,
-        rate=median([our.rate for our in ours]),
-        echo_rate=median([their.rate for their in theirs]),
-        ratio=median(ratios),
-        ratio_low=min(ratios),
-        ratio_high=max(ratios),
-        p50=median([our.p50 for our in ours]) * 1e6,
-        p99=median([our.p99 for our in ours]) * 1e6,
-        max=median([our.max for our in ours]) * 1e6,
-        echo_p50=median([their.p50 for their in theirs]) * 1e6,
-        echo_p99=median([their.p99 for their in theirs]) * 1e6,
-        busy=busy[0],
-        echo_busy=busy[1],
-        cpu_per_request=median(cpu) * 1e6,
+        rate=of(ours, lambda load: load.rate),
+        echo_rate=of(theirs, lambda load: load.rate),
+        ratio=ratio,
+        ratio_low=low,
+        ratio_high=high,
+        p50=of(ours, lambda load: load.p50) * 1e6,
+        p99=of(ours, lambda load: load.p99) * 1e6,
+        max=of(ours, lambda load: load.max) * 1e6,
+        echo_p50=of(theirs, lambda load: load.p50) * 1e6,
+        echo_p99=of(theirs, lambda load: load.p99) * 1e6,
+        busy=median([our.busy for our in ours]),
+        echo_busy=median([their.busy for their in theirs]),
+        cpu_per_request=median([our.cpu_per_request for our in ours]) * 1e6,
         resident_mib=resident,
-        load_busy=1 - median([our.waited for our in ours]) / seconds,
-        echo_load_busy=1 - median([their.waited for their in theirs]) / seconds,
+        load_busy=1 - of(ours, lambda load: load.waited) / seconds,
+        echo_load_busy=1 - of(theirs, lambda load: load.waited) / seconds,
         target=TARGETS.get((operation, connections, depth)) if transport == "unix" else None,
     )

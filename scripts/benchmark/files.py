@@ -15,10 +15,11 @@ from typing import Final
 
 import msgspec
 
-from kms_tests.integration.processes import MEASURE, Server, program
-from scripts.benchmark.processes import MIB, Bench, BenchmarkError
+from kms_tests.integration.processes import Server, measured, program
+from scripts.benchmark.processes import MIB, Bench, BenchmarkError, spread
 
 PIECE: Final = 1 << 20
+_COMMAND_SECONDS: Final = 600.0
 
 
 class FileRate(msgspec.Struct, frozen=True, rename="camel"):
@@ -83,7 +84,7 @@ def measure(bench: Bench, directory: Path, *, size_mib: int, rounds: int, said: 
     for name, took in times.items():
         beside = times["age, encrypting" if "encrypt" in name else "age, decrypting"]
         ratios = [theirs / ours for ours, theirs in zip(took, beside, strict=True)]
-        rows.append(FileRate(name, size_mib / median(took), median(ratios), min(ratios), max(ratios), peaks[name]))
+        rows.append(FileRate(name, size_mib / median(took), *spread(ratios), peaks[name]))
     return rows
 
 
@@ -100,30 +101,31 @@ def cold_start(bench: Bench, *, rounds: int, said: Callable[[str], None]) -> lis
         for _ in range(rounds):
             for name, command in commands.items():
                 start = time.perf_counter()
-                _run(command, server)
+                done = subprocess.run(command, env=_environment(server), capture_output=True, text=True, check=False)
                 times[name].append(time.perf_counter() - start)
+                _require_success(command, done)
     return [ColdStart(name, median(took) * 1e3) for name, took in times.items()]
 
 
 def _durably(command: list[str], output: Path, server: Server) -> tuple[float, float]:
     """How long `command` and a sync of its output take, in seconds, and the command's peak memory in MiB."""
     start = time.perf_counter()
-    stderr = _run([sys.executable, "-S", "-c", MEASURE, str(shutil.which(command[0])), *command[1:]], server)
+    done, peak = measured([str(shutil.which(command[0])), *command[1:]], _environment(server), _COMMAND_SECONDS)
+    _require_success(command, done)
     descriptor = os.open(output, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
-    return time.perf_counter() - start, int(stderr.split()[-1]) * 1024 / MIB
+    return time.perf_counter() - start, peak * 1024 / MIB
 
 
-def _run(command: list[str], server: Server) -> str:
+def _environment(server: Server) -> dict[str, str]:
     # With bytecode, as an installed program has it.
-    environment = {name: value for name, value in server.machine.environment.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    done = subprocess.run(
-        command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=600, check=False
-    )
+    return server.machine.changed({"PYTHONDONTWRITEBYTECODE": None})
+
+
+def _require_success(command: list[str], done: subprocess.CompletedProcess[str]) -> None:
     if done.returncode != 0:
         raise BenchmarkError(f"{command[0]} ended with status {done.returncode}: {done.stderr.strip()}")
-    return done.stderr
 
 
 def _random_file(path: Path, size_mib: int) -> bytes:

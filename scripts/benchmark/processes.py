@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -123,6 +124,11 @@ class Bench:
                 yield end
             finally:
                 process.kill()
+
+
+def spread(ratios: Sequence[float]) -> tuple[float, float, float]:
+    """What is told of the ratios of some rounds: their median, the lowest and the highest."""
+    return statistics.median(ratios), min(ratios), max(ratios)
 
 
 def pin(pid: int, which: int) -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import msgspec
 from rich import box
@@ -14,6 +15,8 @@ from scripts.benchmark.clients import Client
 from scripts.benchmark.control_plane import Interference, Mutations, Size
 from scripts.benchmark.data_plane import SHAPES, Row
 from scripts.benchmark.files import ColdStart, FileRate
+
+R = TypeVar("R")
 
 
 class Figures(msgspec.Struct, rename="camel"):
@@ -81,115 +84,116 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
     """Print a table for each part that was measured."""
     for name, value in machine.items():
         console.print(f"{name:10} {value}", highlight=False)
-    if figures.data_plane:
-        table = _table("Data plane: replies per second, times in us", "what", "replies", "of the echo's")
-        for column in ("p50", "p99", "max", "CPU each", "RSS, MiB", "busy", "load busy"):
-            table.add_column(column, justify="right")
-        for row in figures.data_plane:
-            table.add_row(
-                f"{row.transport} {row.operation} {row.connections}x{row.depth}",
-                f"{row.rate:,.0f}",
-                f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
-                f"{row.p50:,.0f}",
-                f"{row.p99:,.0f}",
-                f"{row.max:,.0f}",
-                f"{row.cpu_per_request:.1f}",
-                f"{row.resident_mib:.0f}",
-                f"{row.busy:.0%} ({row.echo_busy:.0%})",
-                f"{row.load_busy:.0%} ({row.echo_load_busy:.0%})",
-            )
-        console.print(table)
-    if figures.mutations:
-        table = _table(
-            "Mutations, each durable before its answer: times in ms",
-            "what",
-            "groups",
-            "clients",
-            "per second",
-            "p50",
-            "p99",
-        )
-        for mutated in figures.mutations:
-            table.add_row(
-                mutated.what,
-                f"{mutated.groups:,}",
-                str(mutated.clients),
-                f"{mutated.rate:,.0f}",
-                f"{mutated.p50:.1f}",
-                f"{mutated.p99:.1f}",
-            )
-        console.print(table)
-    if figures.interference:
-        table = _table("Encrypt 32 B beside another client: p99 in us", "beside", "shape", "quiet", "disturbed", "ratio")
-        for column in ("low-high", "the other's rate"):
-            table.add_column(column, justify="right")
-        for beside in figures.interference:
-            table.add_row(
-                beside.beside,
-                f"{beside.connections}x1",
-                f"{beside.quiet:,.0f}",
-                f"{beside.disturbed:,.0f}",
-                f"{beside.ratio:.2f}",
-                f"{beside.ratio_low:.2f}-{beside.ratio_high:.2f}",
-                f"{beside.rate:,.0f}",
-            )
-        console.print(table)
-    if figures.sizes:
-        table = _table("Size", "groups", "KEKs", "start-up, s", "idle, MiB", "with 256 idle connections, MiB")
-        for size in figures.sizes:
-            table.add_row(
-                f"{size.groups:,}", f"{size.keks:,}", f"{size.start_up:.2f}", f"{size.idle:.1f}", f"{size.connected:.1f}"
-            )
-        console.print(table)
-    if figures.clients:
-        table = _table(
-            "Clients: Encrypt of 16 bytes, per second", "client", "one by one", "encrypt_many", "ratio", "low-high"
-        )
-        for client in figures.clients:
-            table.add_row(
-                client.name,
-                f"{client.single:,.0f}",
-                f"{client.many:,.0f}",
-                f"{client.ratio:.1f}",
-                f"{client.ratio_low:.1f}-{client.ratio_high:.1f}",
-            )
-        console.print(table)
-    if figures.files:
-        table = _table("A file, until it is durable", "command", "MiB/s", "ratio to age", "low-high", "peak, MiB")
-        for file in figures.files:
-            table.add_row(
-                file.name,
-                f"{file.rate:,.0f}",
-                f"{file.ratio:.2f}",
-                f"{file.ratio_low:.2f}-{file.ratio_high:.2f}",
-                f"{file.peak_mib:.0f}",
-            )
-        console.print(table)
-    if figures.cold_starts:
-        table = _table("Cold start", "command", "ms")
-        for cold in figures.cold_starts:
-            table.add_row(cold.name, f"{cold.milliseconds:.0f}")
-        console.print(table)
+    _print(
+        console,
+        "Data plane: replies per second, times in us",
+        figures.data_plane,
+        {
+            "what": lambda row: f"{row.transport} {row.operation} {row.connections}x{row.depth}",
+            "replies": lambda row: f"{row.rate:,.0f}",
+            "of the echo's": lambda row: f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
+            "p50": lambda row: f"{row.p50:,.0f}",
+            "p99": lambda row: f"{row.p99:,.0f}",
+            "max": lambda row: f"{row.max:,.0f}",
+            "CPU each": lambda row: f"{row.cpu_per_request:.1f}",
+            "RSS, MiB": lambda row: f"{row.resident_mib:.0f}",
+            "busy": lambda row: f"{row.busy:.0%} ({row.echo_busy:.0%})",
+            "load busy": lambda row: f"{row.load_busy:.0%} ({row.echo_load_busy:.0%})",
+        },
+    )
+    _print(
+        console,
+        "Mutations, each durable before its answer: times in ms",
+        figures.mutations,
+        {
+            "what": lambda row: row.what,
+            "groups": lambda row: f"{row.groups:,}",
+            "clients": lambda row: str(row.clients),
+            "per second": lambda row: f"{row.rate:,.0f}",
+            "p50": lambda row: f"{row.p50:.1f}",
+            "p99": lambda row: f"{row.p99:.1f}",
+        },
+    )
+    _print(
+        console,
+        "Encrypt 32 B beside another client: p99 in us",
+        figures.interference,
+        {
+            "beside": lambda row: row.beside,
+            "shape": lambda row: f"{row.connections}x1",
+            "quiet": lambda row: f"{row.quiet:,.0f}",
+            "disturbed": lambda row: f"{row.disturbed:,.0f}",
+            "ratio": lambda row: f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
+            "the other's rate": lambda row: f"{row.rate:,.0f}",
+        },
+    )
+    _print(
+        console,
+        "Size",
+        figures.sizes,
+        {
+            "groups": lambda row: f"{row.groups:,}",
+            "KEKs": lambda row: f"{row.keks:,}",
+            "start-up, s": lambda row: f"{row.start_up:.2f}",
+            "idle, MiB": lambda row: f"{row.idle:.1f}",
+            "with 256 idle connections, MiB": lambda row: f"{row.connected:.1f}",
+        },
+    )
+    _print(
+        console,
+        "Clients: Encrypt of 16 bytes, per second",
+        figures.clients,
+        {
+            "client": lambda row: row.name,
+            "one by one": lambda row: f"{row.single:,.0f}",
+            "encrypt_many": lambda row: f"{row.many:,.0f}",
+            "ratio": lambda row: f"{row.ratio:.1f} ({row.ratio_low:.1f}-{row.ratio_high:.1f})",
+        },
+    )
+    _print(
+        console,
+        "A file, until it is durable",
+        figures.files,
+        {
+            "command": lambda row: row.name,
+            "MiB/s": lambda row: f"{row.rate:,.0f}",
+            "ratio to age": lambda row: f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
+            "peak, MiB": lambda row: f"{row.peak_mib:.0f}",
+        },
+    )
+    _print(
+        console,
+        "Cold start",
+        figures.cold_starts,
+        {"command": lambda row: row.name, "ms": lambda row: f"{row.milliseconds:.0f}"},
+    )
 
 
 def show_targets(console: Console, figures: Figures) -> None:
     """Print what was set out to be reached, and whether it was."""
-    table = _table("Targets", "what", "measured", "bound", "")
-    for target in targets(figures):
-        table.add_row(
-            target.name,
-            f"{target.measured:.2f}",
-            f"{'<=' if target.at_most else '>='} {target.bound:g}",
-            "reached" if target.is_reached else "[bold red]missed[/]",
-        )
-    console.print(table)
+    _print(
+        console,
+        "Targets",
+        list(targets(figures)),
+        {
+            "what": lambda target: target.name,
+            "measured": lambda target: f"{target.measured:.2f}",
+            "bound": lambda target: f"{'<=' if target.at_most else '>='} {target.bound:g}",
+            "": lambda target: "reached" if target.is_reached else "[bold red]missed[/]",
+        },
+    )
 
 
-def _table(title: str, *columns: str) -> Table:
+def _print(console: Console, title: str, rows: Sequence[R], columns: Mapping[str, Callable[[R], str]]) -> None:
+    """A table with a line for each row, or nothing without rows; each heading comes with what stands below it."""
+    if not rows:
+        return
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
-    for number, column in enumerate(columns):
-        table.add_column(column, justify="left" if number == 0 else "right", no_wrap=number == 0)
-    return table
+    for number, heading in enumerate(columns):
+        table.add_column(heading, justify="left" if number == 0 else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*(text(row) for text in columns.values()))
+    console.print(table)
 
 
 def plot(rows: list[Row], path: Path) -> None:
