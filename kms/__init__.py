@@ -22,6 +22,7 @@ from kms.errors import (
     ProtocolError,
     ServerUnreachableError,
     UnauthorizedError,
+    UnavailableError,
     WireError,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "ProtocolError",
     "ServerUnreachableError",
     "UnauthorizedError",
+    "UnavailableError",
     "WireError",
 ]
 

@@ -81,6 +81,13 @@ class InternalError(WireError):
     exit_code = EXIT_INTERNAL
 
 
+class UnavailableError(WireError):
+    """The server cannot record what it does, so it does nothing. It will again, once its audit log can be written."""
+
+    code = "Unavailable"
+    exit_code = EXIT_UNREACHABLE
+
+
 class ConfigError(KmsError):
     """A flag, an environment variable or a combination of them cannot be used."""
 
@@ -162,6 +169,7 @@ _BY_CODE: dict[str, type[WireError]] = {
         DecryptionFailedError,
         FrameTooLargeError,
         InternalError,
+        UnavailableError,
     )
 }
 

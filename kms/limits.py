@@ -44,6 +44,8 @@ DEFAULT_KEY_GROUP: Final = "default"
 MAX_GROUP_NAME_BYTES: Final = 255
 """The ciphertext stores the name's length in one byte."""
 MAX_VERSION: Final = (1 << 63) - 1
+MAX_REQUEST_ID_CHARACTERS: Final = 64
+"""What a client calls a request, for its own logs and ours: as long as a SHA-256 in hexadecimal, or two UUIDs."""
 MAX_SECRET_BYTES: Final = 4096
 """A passphrase or token; a larger 'secret file' is a mistake."""
 TOKEN_BYTES: Final = 32

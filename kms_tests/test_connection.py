@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kms.server.connection import Connection, ConnectionBounds
-from kms.server.middleware import Later, Peer, Rejection
+from kms.server.middleware import Later, Rejection
 
 
 class Echo:
@@ -23,7 +23,7 @@ class Echo:
         self.served: list[bytes] = []
         self.gate = trio.Event()
 
-    def serve(self, line: bytes, peer: Peer) -> bytes | Later:
+    def serve(self, line: bytes) -> bytes | Later:
         self.served.append(line)
         if line.startswith(b"slow:"):
             return partial(self._later, line)
@@ -33,8 +33,11 @@ class Echo:
         await self.gate.wait()
         return line
 
-    def frame_too_large(self, limit: int, peer: Peer) -> bytes:
+    def frame_too_large(self, limit: int) -> bytes:
         return b"too large"
+
+    def commit(self) -> bytes | None:
+        return None
 
 
 BOUNDS = ConnectionBounds(max_frame_bytes=100, idle_timeout=30, write_timeout=10)
@@ -49,7 +52,7 @@ def connected(
     theirs.settimeout(0)
     client = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     try:
-        yield Connection(ours, pipeline, Peer(1, "unix"), bounds), client, ours
+        yield Connection(ours, pipeline, bounds), client, ours
     finally:
         theirs.close()
         ours.close()
@@ -267,7 +270,7 @@ async def test_a_client_that_takes_no_replies_makes_the_server_hold_the_replies_
     bounds = ConnectionBounds(max_frame_bytes=1 << 20, idle_timeout=30, write_timeout=10)
 
     class Long(Echo):
-        def serve(self, line: bytes, peer: Peer) -> bytes:
+        def serve(self, line: bytes) -> bytes:
             self.served.append(line)
             return bytes(size - 1)
 
@@ -297,7 +300,7 @@ async def test_a_client_that_takes_no_replies_makes_the_server_hold_the_replies_
 class Doorkeeper(Echo):
     """Rejects every line but `good`."""
 
-    def serve(self, line: bytes, peer: Peer) -> bytes:
+    def serve(self, line: bytes) -> bytes:
         self.served.append(line)
         return line if line == b"good" else Rejection(b"rejected")
 
@@ -347,8 +350,8 @@ async def _order_of(greedy_lines: bytes, pipeline: Echo, after: int, *, clients:
     modest_ours, modest = socket.socketpair()
     serve = pipeline.serve
 
-    def ordered(line: bytes, peer: Peer) -> bytes | Later:
-        reply = serve(line, peer)
+    def ordered(line: bytes) -> bytes | Later:
+        reply = serve(line)
         if len(pipeline.served) == after:
             modest.sendall(b"modest\n")
         return reply
@@ -360,13 +363,13 @@ async def _order_of(greedy_lines: bytes, pipeline: Echo, after: int, *, clients:
             for sock in (modest_ours, modest):
                 sockets.enter_context(sock)
             modest_ours.settimeout(0)
-            nursery.start_soon(Connection(modest_ours, pipeline, Peer(1, "unix"), bounds).serve)
-            for number in range(clients):
+            nursery.start_soon(Connection(modest_ours, pipeline, bounds).serve)
+            for _ in range(clients):
                 ours, greedy = socket.socketpair()
                 for sock in (ours, greedy):
                     sockets.enter_context(sock)
                     sock.settimeout(0)
-                nursery.start_soon(Connection(ours, pipeline, Peer(number + 2, "unix"), bounds).serve)
+                nursery.start_soon(Connection(ours, pipeline, bounds).serve)
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(greedy))
                 nursery.start_soon(stream.send_all, greedy_lines)
             while b"modest" not in pipeline.served:

@@ -30,7 +30,8 @@ from kms.keystore.file import KeystoreLock
 from kms.server import daemon
 from kms.server.config import ServerConfig, resolve
 from kms.server.connection import ConnectionBounds
-from kms.server.middleware import Peer
+from kms.server.middleware import Later
+from kms.server.served import Credentials, Peer
 from kms_tests.integration.processes import eventually
 
 TINY = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
@@ -286,25 +287,37 @@ def test_a_file_of_principals_that_cannot_be_used_stops_the_start_before_anythin
 async def test_the_kernel_vouches_for_who_connected_over_a_Unix_socket_alone() -> None:
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        assert daemon.credentials_of(ours) == (os.getpid(), os.getuid(), os.getgid())
+        credentials = Credentials(os.getpid(), os.getuid(), os.getgid())
+        assert daemon.peer_of(ours, 7, "unix") == Peer(7, "unix", credentials)
     with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
-        assert daemon.credentials_of(sock) is None
+        assert daemon.peer_of(sock, 7, "tcp") == Peer(7, "tcp", port=listener.getsockname()[1])
+
+
+async def test_a_client_that_left_at_once_has_no_port_and_makes_no_noise() -> None:
+    with socket.socket() as gone:
+        assert daemon.peer_of(gone, 7, "tcp") == Peer(7, "tcp")
 
 
 class Broken:
-    """A pipeline with a bug outside what it contains itself."""
+    """A session with a bug outside what it contains itself."""
 
     text = "canary"
 
-    def serve(self, line: bytes, peer: Peer) -> bytes:
+    def __init__(self, peer: Peer) -> None:
+        pass
+
+    def commit(self) -> bytes | None:
+        return None
+
+    def serve(self, line: bytes) -> bytes | Later:
         raise RuntimeError(self.text)
 
-    def frame_too_large(self, limit: int, peer: Peer) -> bytes:
+    def frame_too_large(self, limit: int) -> bytes:
         return b""
 
 
 async def test_one_connections_failure_never_touches_another(caplog: pytest.LogCaptureFixture) -> None:
-    crowd = daemon.Crowd(Broken(), ConnectionBounds(), max_connections=2)
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
     ours, theirs = socket.socketpair()
     ours.settimeout(0)
     with theirs:
@@ -318,11 +331,11 @@ async def test_one_connections_failure_never_touches_another(caplog: pytest.LogC
 async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_ends_no_other(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(sock: socket.socket) -> None:
+    def refuse(*arguments: object) -> None:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr(daemon, "credentials_of", refuse)
-    crowd = daemon.Crowd(Broken(), ConnectionBounds(), max_connections=2)
+    monkeypatch.setattr(daemon, "peer_of", refuse)
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
     ours, theirs = socket.socketpair()
     with theirs:
         await crowd.serve(ours, "unix")
@@ -331,7 +344,7 @@ async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_end
 
 
 async def test_a_connection_that_arrives_while_draining_is_closed() -> None:
-    crowd = daemon.Crowd(Broken(), ConnectionBounds(), max_connections=2)
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
     crowd.drain()
     ours, theirs = socket.socketpair()
     with theirs:

@@ -15,7 +15,7 @@ EXITS = [
     (64, ["ConfigError"]),
     (65, ["InputError", "KeystoreError"]),
     (66, ["InputMissingError"]),
-    (69, ["ServerUnreachableError"]),
+    (69, ["ServerUnreachableError", "UnavailableError"]),
     (70, ["InternalError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
     (74, ["SaveFailedError", "FileAccessError"]),
     (75, ["KeystoreLockedError"]),
@@ -28,6 +28,7 @@ CODES: dict[str, type[WireError]] = {
     "DecryptionFailed": errors.DecryptionFailedError,
     "FrameTooLarge": errors.FrameTooLargeError,
     "InternalError": errors.InternalError,
+    "Unavailable": errors.UnavailableError,
 }
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, KmsError)]
 

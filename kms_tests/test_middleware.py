@@ -32,7 +32,8 @@ from kms.host.entropy import random_key
 from kms.limits import MAX_FRAME_BYTES
 from kms.server.handlers import Handlers
 from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, Peer, RequestPipeline
+from kms.server.middleware import Authenticator, RequestPipeline
+from kms.server.served import Peer, Served
 
 API, ADMIN = "api-token-canary", "admin-token-canary"
 PEER = Peer(3, "unix")
@@ -90,10 +91,11 @@ class Server:
         provider = LocalMasterKeyProvider(self.manager)
         handlers = Handlers(provider, self.manager, new_data_key=lambda: os.urandom(32))
         authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
-        self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll())
+        self.seen: list[Served] = []
+        self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll(), [self.seen.append])
 
     def line(self, line: bytes, peer: Peer = PEER) -> dict[str, Any]:
-        answer = self.pipeline.serve(line, peer)
+        answer = self.pipeline.session(peer).serve(line)
         if not isinstance(answer, bytes):
             answer = _finish(answer())
         reply: dict[str, Any] = json.loads(answer)
@@ -324,7 +326,7 @@ def test_InternalError_tells_the_client_nothing_and_the_log_no_text(
 
 
 def test_FrameTooLarge_names_the_limit(server: Server) -> None:
-    reply = json.loads(server.pipeline.frame_too_large(1024, PEER))
+    reply = json.loads(server.pipeline.session(PEER).frame_too_large(1024))
     assert reply == {
         "status": "error",
         "errorCode": "FrameTooLarge",
@@ -393,18 +395,94 @@ def test_control_operations_and_every_refusal_are_audited_without_a_secret(
 
 def test_a_ciphertext_that_would_not_fit_its_own_Decrypt_is_not_handed_out(server: Server) -> None:
     fits = 1
-    for size in (786_000, 786_200, 786_330):
+    for size in (785_900, 786_000, 786_200):
         reply = server.ask("Encrypt", plaintext=text(bytes(size)))
         if reply["status"] == "ok":
-            line = json.dumps({"type": "Decrypt", "token": API, "ciphertext": reply["ciphertext"]})
+            named = {"token": API, "requestId": "\U0001f511" * 64}
+            line = json.dumps({"type": "Decrypt", "ciphertext": reply["ciphertext"], **named}, ensure_ascii=False).encode()
             assert len(line) <= MAX_FRAME_BYTES
             fits = size
         else:
             assert reply["message"].startswith("plaintext: ")
-    assert fits == 786_200
+    assert fits == 786_000
 
 
 def test_a_name_as_long_as_a_frame_does_not_fill_the_log(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         server.ask("Encrypt", "wrong", plaintext="", keyId="x" * 100_000)
     assert len(caplog.text) < 1000
+
+
+@pytest.mark.parametrize("request_id", ["r", "invoice 7/é", "x" * 64])
+def test_a_requestId_comes_back_in_every_reply(server: Server, request_id: str) -> None:
+    named = {"requestId": request_id}
+    replies = [
+        server.ask("Health", **named),
+        server.ask("Encrypt", plaintext="", **named),
+        server.ask("Encrypt", "wrong", plaintext="", **named),
+        server.ask("Encrypt", plaintext="", keyId="nobody", **named),
+        server.ask("Encrypt", plaintext=1, **named),
+        server.ask("Encrypt", plaintext="AB==", **named),
+        server.ask("Decrypt", ciphertext="AA==", **named),
+        server.ask("Nonsense", **named),
+        server.admin("RotateKeyGroup", keyId="default", **named),
+        server.admin("RotateKeyGroup", keyId="nobody", **named),
+    ]
+    assert {reply.pop("requestId") for reply in replies} == {request_id}
+    assert "requestId" not in server.ask("Health"), "nor does one client's stick to a reply that others get too"
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 65, "a\nb", "a\x1b[1m", "\u202egnp.exe", "\ud800"])
+def test_a_requestId_that_a_log_should_not_hold_is_refused_and_not_repeated(server: Server, request_id: str) -> None:
+    reply = server.ask("Health", requestId=request_id)
+    assert reply["errorCode"] == "InvalidRequest"
+    assert "requestId" not in reply
+    assert "requestId" not in server.ask("Encrypt", requestId=request_id), "of a request with another fault, too"
+
+
+def test_the_requestId_is_looked_at_after_the_token_is(server: Server) -> None:
+    assert server.ask("Health", "wrong", requestId="")["errorCode"] == "AuthFailed"
+    assert server.ask("Health", requestId=1)["message"].startswith("requestId: ")
+
+
+def test_who_watches_is_told_of_every_request_once_and_in_order(server: Server) -> None:
+    session = server.pipeline.session(PEER)
+    token = f'"token":"{API}"'
+    for line in (
+        f'{{"type":"Encrypt",{token},"plaintext":"","requestId":"a"}}',
+        f'{{"type":"Encrypt",{token}}}',
+        '{"type":"Encrypt","plaintext":""}',
+        "nonsense",
+    ):
+        session.serve(line.encode())
+    session.frame_too_large(10)
+    rotated = session.serve(f'{{"type":"RotateKeyGroup","token":"{ADMIN}","keyId":"default"}}'.encode())
+    assert not isinstance(rotated, bytes)
+    _finish(rotated())
+    assert [
+        (
+            served.number,
+            served.kind and served.kind.operation.value,
+            served.principal and served.principal.name,
+            served.error and served.error.code,
+            served.request_id,
+        )
+        for served in server.seen
+    ] == [
+        (1, "Encrypt", "api", None, "a"),
+        (2, "Encrypt", "api", "InvalidRequest", None),
+        (3, "Encrypt", None, "AuthFailed", None),
+        (4, None, None, "InvalidRequest", None),
+        (5, None, None, "FrameTooLarge", None),
+        (6, "RotateKeyGroup", "admin", None, None),
+    ]
+    assert [(served.request is None, served.reply is None) for served in server.seen] == [
+        (False, False),
+        (True, True),
+        (False, True),
+        (True, True),
+        (True, True),
+        (False, False),
+    ]
+    assert {served.peer for served in server.seen} == {PEER}
+    assert API not in repr(server.seen)

@@ -20,7 +20,8 @@ from kms.server.config import ServerConfig, resolve
 from kms.server.daemon import Reload
 from kms.server.handlers import Handlers
 from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, Credentials, Peer, RequestPipeline
+from kms.server.middleware import Authenticator, RequestPipeline
+from kms.server.served import Credentials, Peer
 from kms.server.team import Access, TeamAuthenticator, load_access
 from kms_tests.test_actor import Store
 from kms_tests.test_middleware import ADMIN, API, Server, text
@@ -391,7 +392,7 @@ async def test_a_mutation_is_authorized_again_when_the_actor_takes_it_up(team: T
     replies: list[dict[str, Any]] = []
 
     async def ask(kind: str, token: str, key: str) -> None:
-        later = pipeline.serve(json.dumps({"type": kind, "token": token, "keyId": key}).encode(), TCP)
+        later = pipeline.session(TCP).serve(json.dumps({"type": kind, "token": token, "keyId": key}).encode())
         assert not isinstance(later, bytes)
         replies.append(json.loads(await later()))
 
@@ -426,7 +427,7 @@ async def test_a_token_that_expires_while_its_mutation_waits_comes_too_late(team
     pipeline = RequestPipeline(
         Handlers(LocalMasterKeyProvider(actor), actor, new_data_key=bytes), access.authenticator, access.policy
     )
-    later = pipeline.serve(b'{"type":"RotateKeyGroup","token":"new token","keyId":"default"}', TCP)
+    later = pipeline.session(TCP).serve(b'{"type":"RotateKeyGroup","token":"new token","keyId":"default"}')
     assert not isinstance(later, bytes)
     replies: list[dict[str, Any]] = []
 

@@ -35,6 +35,11 @@ def header(group: str, version: int) -> bytes:
     return bytes((FORMAT, len(name))) + name + version.to_bytes(8, "big")
 
 
+def header_of(blob: bytes) -> bytes:
+    """What `header` made, of a ciphertext that was just made or opened here. Of any other it may be anything."""
+    return blob[: blob[1] + 10]
+
+
 def parse(blob: bytes) -> Ciphertext:
     """Take a ciphertext apart; raises `DecryptionFailedError` for anything that is not one."""
     name = group(blob)

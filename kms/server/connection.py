@@ -31,7 +31,7 @@ from typing import Protocol
 import trio
 
 from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, MAX_REJECTIONS, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
-from kms.server.middleware import Later, Peer, Rejection
+from kms.server.middleware import Later, Rejection
 from kms.wire.framing import Framer
 
 _LINGER_SECONDS = 1.0
@@ -49,22 +49,23 @@ class ConnectionBounds:
     write_timeout: float = WRITE_TIMEOUT
 
 
-class Pipeline(Protocol):
-    """What answers lines; see `RequestPipeline`."""
+class Session(Protocol):
+    """What answers the lines of one connection; see `kms.server.middleware.Session`."""
 
-    def serve(self, line: bytes, peer: Peer) -> bytes | Later: ...
+    def serve(self, line: bytes) -> bytes | Later: ...
 
-    def frame_too_large(self, limit: int, peer: Peer) -> bytes: ...
+    def frame_too_large(self, limit: int) -> bytes: ...
+
+    def commit(self) -> bytes | None: ...
 
 
 class Connection:
     """Serves one socket until its client leaves, breaks a bound, or the server drains."""
 
-    def __init__(self, sock: socket.socket, pipeline: Pipeline, peer: Peer, bounds: ConnectionBounds) -> None:
+    def __init__(self, sock: socket.socket, session: Session, bounds: ConnectionBounds) -> None:
         """`sock` is connected and non-blocking; it is closed when `serve` ends."""
         self._sock = sock
-        self._pipeline = pipeline
-        self._peer = peer
+        self._session = session
         self._bounds = bounds
         self._framer = Framer(bounds.max_frame_bytes)
         self._scope = trio.CancelScope()
@@ -107,7 +108,7 @@ class Connection:
                 self._waiting = False
                 await self._answer(frames)
                 if framer.too_large:
-                    await self._send(self._pipeline.frame_too_large(self._bounds.max_frame_bytes, self._peer) + b"\n")
+                    await self._send_replies(self._session.frame_too_large(self._bounds.max_frame_bytes) + b"\n")
                     await self._linger()
                     return
                 if self._rejections >= MAX_REJECTIONS:
@@ -129,13 +130,13 @@ class Connection:
         self._deadline = self._scope.deadline = deadline
 
     async def _answer(self, frames: list[bytes]) -> None:
-        serve, peer = self._pipeline.serve, self._peer
+        serve = self._session.serve
         replies = bytearray()
         for number, frame in enumerate(frames, 1):
-            reply = serve(frame, peer) if len(frame) <= READ_BYTES else await self._serve_large(frame)
+            reply = serve(frame) if len(frame) <= READ_BYTES else await self._serve_large(frame)
             if not isinstance(reply, bytes):
                 # It waits for the disk: what is ready must not wait with it.
-                await self._send(replies)
+                await self._send_replies(replies)
                 replies.clear()
                 self._end_at(math.inf)
                 reply = await reply()
@@ -149,20 +150,23 @@ class Connection:
                 self._rejections = 0
             is_last = number == len(frames)
             if not is_last and (self._rejections or number % TURN_REQUESTS == 0 or len(replies) >= READ_BYTES):
-                await self._send(replies)
+                await self._send_replies(replies)
                 replies.clear()
                 self._end_at(math.inf)
                 await trio.lowlevel.checkpoint()
-        await self._send(replies)
+        await self._send_replies(replies)
 
     async def _serve_large(self, frame: bytes) -> bytes | Later:
         self._end_at(math.inf)
         async with _one_large_frame:
-            return self._pipeline.serve(frame, self._peer)
+            return self._session.serve(frame)
 
-    async def _send(self, data: bytes | bytearray) -> None:
-        if not data:
+    async def _send_replies(self, replies: bytes | bytearray) -> None:
+        """Send what was answered since the last time, if it could be put on record, or what the session says instead."""
+        if not replies:
             return
+        instead = self._session.commit()
+        data = replies if instead is None else instead
         try:
             sent = self._sock.send(data)
         except BlockingIOError:

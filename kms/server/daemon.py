@@ -33,11 +33,12 @@ from kms.keystore.file import Keystore, KeystoreLock, initialise, load
 from kms.limits import DRAIN_TIMEOUT, KEY_BYTES
 from kms.server.actor import KeyringActor
 from kms.server.config import ServerConfig
-from kms.server.connection import Connection, ConnectionBounds, Pipeline
+from kms.server.connection import Connection, ConnectionBounds, Session
 from kms.server.handlers import Handlers
 from kms.server.listeners import UnixListener, open_tcp
 from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, Credentials, Peer, RequestPipeline, log_bug
+from kms.server.middleware import Authenticator, RequestPipeline, log_bug
+from kms.server.served import Credentials, Peer
 from kms.server.team import Access, Clock, load_access
 
 log: Final = logging.getLogger(__name__)
@@ -115,7 +116,7 @@ async def _serve(
     handlers = Handlers(provider, actor, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)
     pipeline = RequestPipeline(handlers, access.authenticator, access.policy)
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
-    crowd = Crowd(pipeline, bounds, config.max_connections)
+    crowd = Crowd(pipeline.session, bounds, config.max_connections)
     status = EXIT_OK
     try:
         with _listening(config) as (listeners, addresses):
@@ -218,7 +219,7 @@ async def _accept(crowd: Crowd, listener: trio.SocketListener, transport: str, c
 class Crowd:
     """All connections together: numbered, capped, and drained as one."""
 
-    pipeline: Pipeline
+    session: Callable[[Peer], Session]
     bounds: ConnectionBounds
     max_connections: int
     _open: set[Connection] = field(default_factory=set)
@@ -231,8 +232,8 @@ class Crowd:
             if self._draining or len(self._open) >= self.max_connections:
                 return
             try:
-                peer = Peer(next(self._numbers), transport, credentials_of(sock))
-                await self._serve(Connection(sock, self.pipeline, peer, self.bounds))
+                peer = peer_of(sock, next(self._numbers), transport)
+                await self._serve(Connection(sock, self.session(peer), self.bounds))
             except* Exception as errors:
                 log_bug("a connection failed", errors)
 
@@ -254,11 +255,15 @@ _UCRED: Final = struct.Struct("=iII")
 """struct ucred of unix(7)."""
 
 
-def credentials_of(sock: socket.socket) -> Credentials | None:
-    """Which process connected `sock`; None for TCP, where the kernel does not tell."""
+def peer_of(sock: socket.socket, number: int, transport: str) -> Peer:
+    """Who connected `sock`: which process over a Unix socket; over TCP, where the kernel does not tell, from which port."""
     if sock.family != socket.AF_UNIX:
-        return None
-    return Credentials._make(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+        try:
+            return Peer(number, transport, port=sock.getpeername()[1])
+        except OSError:
+            return Peer(number, transport)  # it has gone already
+    credentials = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return Peer(number, transport, Credentials._make(credentials))
 
 
 def notify(state: str) -> None:

@@ -14,7 +14,7 @@ from kms.core import ciphertext
 from kms.core.keyring import KeyGroup
 from kms.core.provider import KeyringManager, MasterKeyProvider
 from kms.errors import InvalidRequestError
-from kms.limits import DEFAULT_KEY_GROUP, MAX_FRAME_BYTES
+from kms.limits import DEFAULT_KEY_GROUP, MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
 from kms.wire import messages
 from kms.wire.messages import Reply, Request
 
@@ -35,8 +35,8 @@ DataHandler = Callable[[Any], Reply]
 ControlHandler = Callable[[Any, Caller], Awaitable[Reply]]
 """From a request of its own kind. `Any`, since the tables below are keyed by that kind."""
 
-_DECRYPT_OVERHEAD_BYTES = 128
-"""The JSON around the values of a Decrypt request, and base64's padding, with room for spaces."""
+_DECRYPT_OVERHEAD_BYTES = 128 + 4 * MAX_REQUEST_ID_CHARACTERS
+"""The JSON around the values of a Decrypt request, base64's padding and a requestId, with room for spaces."""
 
 _HEALTHY = messages.DetailReply("ok")
 
@@ -96,7 +96,7 @@ class Handlers:
     def encrypt(self, request: messages.Encrypt) -> Reply:
         aad = request.aad or b""
         sealed = self._master_keys.seal(group_of(request.key_id), request.plaintext, aad)
-        return self._returnable(sealed, aad, request.token)
+        return self._returnable(sealed, aad, request)
 
     def decrypt(self, request: messages.Decrypt) -> Reply:
         return messages.PlaintextReply(self._master_keys.open(ciphertext.parse(request.ciphertext), request.aad or b""))
@@ -104,11 +104,11 @@ class Handlers:
     def re_encrypt(self, request: messages.ReEncrypt) -> Reply:
         aad = request.aad or b""
         plaintext = self._master_keys.open(ciphertext.parse(request.ciphertext), aad)
-        return self._returnable(self._master_keys.seal(group_of(request.key_id), plaintext, aad), aad, request.token)
+        return self._returnable(self._master_keys.seal(group_of(request.key_id), plaintext, aad), aad, request)
 
-    def _returnable(self, sealed: bytes, aad: bytes, token: str) -> Reply:
+    def _returnable(self, sealed: bytes, aad: bytes, request: Request) -> Reply:
         # A ciphertext is longer than its plaintext: one handed out must still fit into the request that opens it.
-        if (len(sealed) + len(aad)) * 4 // 3 + len(token) + _DECRYPT_OVERHEAD_BYTES > self._max_frame_bytes:
+        if (len(sealed) + len(aad)) * 4 // 3 + len(request.token) + _DECRYPT_OVERHEAD_BYTES > self._max_frame_bytes:
             raise InvalidRequestError("plaintext: its ciphertext would be too large for a request; use a data key")
         return messages.CiphertextReply(sealed)
 

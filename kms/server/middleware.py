@@ -19,27 +19,26 @@ from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
 from hmac import compare_digest
-from typing import Any, Final, NamedTuple
+from time import perf_counter
+from typing import Any, Final
+
+from msgspec import structs
 
 from kms.core import ciphertext
 from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
 from kms.core.secret import Secret
-from kms.errors import (
-    AuthFailedError,
-    FrameTooLargeError,
-    InternalError,
-    UnauthorizedError,
-    WireError,
-)
+from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnauthorizedError, WireError
 from kms.limits import MAX_GROUP_NAME_BYTES
 from kms.server.handlers import Handlers, group_of
+from kms.server.served import Observer, Peer, Served
 from kms.wire.messages import (
     Decrypt,
     Encrypt,
     ErrorReply,
     GenerateDataKey,
     ReEncrypt,
+    Reply,
     Request,
     UndecodableRequestError,
     decode_request,
@@ -57,23 +56,6 @@ Later = Callable[[], Awaitable[bytes]]
 
 class Rejection(bytes):
     """A reply to somebody who has not shown to be anybody: no right token, or no request that could say whose it is."""
-
-
-class Credentials(NamedTuple):
-    """The process that connected, as the kernel vouches for it (unix(7), SO_PEERCRED); the gid is its primary group's."""
-
-    pid: int
-    uid: int
-    gid: int
-
-
-@dataclass(frozen=True, slots=True)
-class Peer:
-    """Who is at the other end of a connection: a number for the log, `unix` or `tcp`, and over `unix` which process."""
-
-    connection: int
-    transport: str
-    credentials: Credentials | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,94 +122,158 @@ _FORBIDDEN: Final = "the policy does not allow this operation on this key group"
 
 
 class RequestPipeline:
-    """From one line to one encoded reply. It never raises: what went wrong is the reply."""
+    """From one line to one encoded reply, over all connections. It never raises: what went wrong is the reply."""
 
-    def __init__(self, handlers: Handlers, authenticator: Authenticator, policy: KeyAuthorizationPolicy) -> None:
-        self._data_handlers = handlers.data_plane()
-        self._control_handlers = handlers.control_plane()
+    def __init__(
+        self,
+        handlers: Handlers,
+        authenticator: Authenticator,
+        policy: KeyAuthorizationPolicy,
+        observers: Sequence[Observer] = (),
+    ) -> None:
+        """`observers` are told of every request."""
+        self.data_handlers = handlers.data_plane()
+        self.control_handlers = handlers.control_plane()
+        self.observers = tuple(observers)
         self.admit(authenticator, policy)
 
     def admit(self, authenticator: Authenticator, policy: KeyAuthorizationPolicy) -> None:
         """From now on let these two decide: about new requests, and about changes of keys that still wait."""
-        self._authenticator = authenticator
-        self._policy = policy
+        self.authenticator = authenticator
+        self.policy = policy
+
+    def session(self, peer: Peer) -> Session:
+        """What answers the requests of one connection."""
+        return Session(self, peer)
 
     def caller(self, request: Request, peer: Peer) -> Principal:
         """Who asks, if they may ask it now; raises `AuthFailedError` or `UnauthorizedError`."""
-        principal = self._authenticator.authenticate(request.plane, request.token, peer)
-        authorize(self._policy, principal, request)
+        principal = self.authenticator.authenticate(request.plane, request.token, peer)
+        authorize(self.policy, principal, request)
         return principal
 
     def visible(self, principal: Principal, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
         """Those of `groups` that are in the list that `principal` gets."""
-        allows, listing = self._policy.allows, Operation.LIST_KEY_GROUPS
+        allows, listing = self.policy.allows, Operation.LIST_KEY_GROUPS
         return [group for group in groups if allows(principal, listing, group.key_id, b"")]
 
-    def serve(self, line: bytes, peer: Peer) -> bytes | Later:
+    def observe(self, served: Served) -> None:
+        """Tell whoever watches."""
+        for observer in self.observers:
+            observer(served)
+
+
+class Session:
+    """The requests of one connection, numbered in the order in which they come."""
+
+    __slots__ = ("_number", "_peer", "_pipeline")
+
+    def __init__(self, pipeline: RequestPipeline, peer: Peer) -> None:
+        self._pipeline = pipeline
+        self._peer = peer
+        self._number = 0
+
+    def serve(self, line: bytes) -> bytes | Later:
         """The reply line to `line`, without its line end; for the control plane, what to call for it."""
+        began = perf_counter()
+        self._number = number = self._number + 1
         try:
             request = decode_request(line)
         except UndecodableRequestError as error:
-            return self._refuse_undecodable(error, peer)
+            return self._refuse_undecodable(number, error, began)
         if request.plane is not _DATA:
-            return partial(self._serve_control, request, peer)
+            return partial(self._serve_control, number, request, began)
+        pipeline, principal = self._pipeline, None
         try:
-            authorize(self._policy, self._authenticator.authenticate(_DATA, request.token, peer), request)
-            return encode(self._data_handlers[type(request)](request))
+            principal = pipeline.authenticator.authenticate(_DATA, request.token, self._peer)
+            authorize(pipeline.policy, principal, request)
+            kind = type(request)
+            reply = pipeline.data_handlers[kind](request)
         except Exception as error:
-            return _failed(request, peer, error)
+            return self._failed(number, request, principal, error, began)
+        if pipeline.observers:
+            pipeline.observe(Served(self._peer, number, request, kind, principal, reply, None, began, request.request_id))
+        return encode(reply if request.request_id is None else _named(reply, request.request_id))
 
-    async def _serve_control(self, request: Request, peer: Peer) -> bytes:
+    async def _serve_control(self, number: int, request: Request, began: float) -> bytes:
+        pipeline, principal = self._pipeline, None
         try:
-            reply = encode(await self._control_handlers[type(request)](request, _Caller(self, request, peer)))
+            principal = pipeline.caller(request, self._peer)
+            reply = await pipeline.control_handlers[type(request)](
+                request, _Caller(pipeline, request, self._peer, principal)
+            )
         except Exception as error:
-            return _failed(request, peer, error)
-        _record(request, peer, "ok")
-        return reply
+            return self._failed(number, request, principal, error, began)
+        served = Served(self._peer, number, request, type(request), principal, reply, None, began, request.request_id)
+        _record(served)
+        pipeline.observe(served)
+        return encode(reply if request.request_id is None else _named(reply, request.request_id))
 
-    def frame_too_large(self, limit: int, peer: Peer) -> bytes:
+    def commit(self) -> bytes | None:
+        """Put what was served since the last time on record: None when that is done, or what to send instead."""
+        return None
+
+    def frame_too_large(self, limit: int) -> bytes:
         """The reply to a line over the limit, after which the connection is closed."""
-        return _refused(None, peer, FrameTooLargeError(f"a request line has at most {limit} bytes"))
+        self._number += 1
+        error = FrameTooLargeError(f"a request line has at most {limit} bytes")
+        return self._refused(self._number, None, None, None, error, perf_counter(), None)
 
-    def _refuse_undecodable(self, error: UndecodableRequestError, peer: Peer) -> bytes:
+    def _refuse_undecodable(self, number: int, error: UndecodableRequestError, began: float) -> bytes:
+        def refused(principal: Principal | None, reason: WireError) -> bytes:
+            return self._refused(number, None, error.kind, principal, reason, began, error.request_id)
+
         if error.kind is None:
-            return Rejection(_refused(None, peer, error.reason))
+            return Rejection(refused(None, error.reason))
         try:
-            self._authenticator.authenticate(error.kind.plane, error.token, peer)
+            principal = self._pipeline.authenticator.authenticate(error.kind.plane, error.token, self._peer)
         except AuthFailedError as failure:
-            return _refused(error.kind, peer, failure)
-        return _refused(error.kind, peer, error.reason)
+            return refused(None, failure)
+        return refused(principal, error.reason)
+
+    def _failed(self, number: int, request: Request, principal: Principal | None, error: Exception, began: float) -> bytes:
+        """The reply to a request that raised. A bug costs this one reply, not the connection."""
+        if not isinstance(error, WireError):
+            log_bug(f"unexpected error in {request.operation.value}", error)
+            error = InternalError("internal error; the server's log has the details")
+        return self._refused(number, request, type(request), principal, error, began, request.request_id)
+
+    def _refused(
+        self,
+        number: int,
+        request: Request | None,
+        kind: type[Request] | None,
+        principal: Principal | None,
+        error: WireError,
+        began: float,
+        request_id: str | None,
+    ) -> bytes:
+        served = Served(self._peer, number, request, kind, principal, None, error, began, request_id)
+        _record(served)
+        self._pipeline.observe(served)
+        reply = encode(ErrorReply(error.code, str(error), request_id=request_id))
+        return Rejection(reply) if isinstance(error, AuthFailedError) else reply
+
+
+def _named(reply: Reply, request_id: str) -> Reply:
+    # A copy: some replies are the same object each time.
+    return structs.replace(reply, request_id=request_id)
 
 
 class _Caller:
     """The `Caller` of one request: its name from when it came, its right to ask looked up anew each time."""
 
-    def __init__(self, pipeline: RequestPipeline, request: Request, peer: Peer) -> None:
-        """Raises `AuthFailedError` or `UnauthorizedError`."""
+    def __init__(self, pipeline: RequestPipeline, request: Request, peer: Peer, principal: Principal) -> None:
         self._pipeline = pipeline
         self._request = request
         self._peer = peer
-        self._principal = pipeline.caller(request, peer)
+        self._principal = principal
 
     def permit(self) -> None:
         self._pipeline.caller(self._request, self._peer)
 
     def visible(self, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
         return self._pipeline.visible(self._principal, groups)
-
-
-def _failed(request: Request, peer: Peer, error: Exception) -> bytes:
-    """The reply to a request that raised. A bug costs this one reply, not the connection."""
-    if isinstance(error, WireError):
-        return _refused(request, peer, error)
-    log_bug(f"unexpected error in {request.operation.value}", error)
-    return _refused(request, peer, InternalError("internal error; the server's log has the details"))
-
-
-def _refused(request: Request | type[Request] | None, peer: Peer, error: WireError) -> bytes:
-    _record(request, peer, error.code)
-    reply = encode(ErrorReply(error.code, str(error)))
-    return Rejection(reply) if isinstance(error, AuthFailedError) else reply
 
 
 def log_bug(what: str, error: BaseException) -> None:
@@ -240,17 +286,19 @@ def log_bug(what: str, error: BaseException) -> None:
     logging.getLogger(__name__).error("%s: %s\n%s", what, type(error).__name__, where)
 
 
-def _record(request: Request | type[Request] | None, peer: Peer, outcome: str) -> None:
-    operation = "-" if request is None else request.operation.value
-    group = getattr(request, "key_id", None) if isinstance(request, Request) else None
+def _record(served: Served) -> None:
+    request, kind = served.request, served.kind
+    group = getattr(request, "key_id", None)
     if group is not None and len(group) > MAX_GROUP_NAME_BYTES:
         group = group[:MAX_GROUP_NAME_BYTES] + "..."  # no group has such a name, and a line must not cost a frame
     log.info(
-        "connection=%d transport=%s operation=%s group=%r version=%s outcome=%s",
-        peer.connection,
-        peer.transport,
-        operation,
+        "connection=%d request=%d transport=%s principal=%s operation=%s group=%r version=%s outcome=%s",
+        served.peer.connection,
+        served.number,
+        served.peer.transport,
+        "-" if served.principal is None else served.principal.name,
+        "-" if kind is None else kind.operation.value,
         group,
-        getattr(request, "version", "-") if isinstance(request, Request) else "-",
-        outcome,
+        getattr(request, "version", "-"),
+        "ok" if served.error is None else served.error.code,
     )

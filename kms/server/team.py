@@ -17,8 +17,9 @@ from typing import Final, NamedTuple
 from kms.core.policy import AllowAll, GrantPolicy, KeyAuthorizationPolicy, Plane, Principal
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
 from kms.server.config import ServerConfig
-from kms.server.middleware import Authenticator, Peer, SharedToken, presented_digest
+from kms.server.middleware import Authenticator, SharedToken, presented_digest
 from kms.server.principals import Principals, load
+from kms.server.served import Peer
 
 _DATA: Final = Plane.DATA
 

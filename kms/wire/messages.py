@@ -18,18 +18,19 @@ from msgspec import Meta, Struct
 
 from kms.core.policy import Operation, Plane
 from kms.errors import InvalidRequestError
-from kms.limits import MAX_NESTING, MAX_VERSION
+from kms.limits import MAX_NESTING, MAX_REQUEST_ID_CHARACTERS, MAX_VERSION
 
 Version = Annotated[int, Meta(ge=1, le=MAX_VERSION)]
 
 
 class Request(Struct, tag_field="type", rename="camel", kw_only=True):
-    """What every request has. `token` is never shown."""
+    """What every request has. `token` is never shown; `request_id` comes back in the reply, for the client's own use."""
 
     operation: ClassVar[Operation]
     plane: ClassVar[Plane]
 
     token: str = ""
+    request_id: str | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
@@ -141,8 +142,10 @@ class KeyGroupView(Struct, rename="camel"):
     versions: list[VersionView]
 
 
-class Reply(Struct, tag_field="status", rename="camel"):
-    """What every reply is: `status` ok or error, and the fields of its kind."""
+class Reply(Struct, tag_field="status", rename="camel", kw_only=True, omit_defaults=True):
+    """What every reply is: `status` ok or error, the fields of its kind, and the `request_id` of a request that had one."""
+
+    request_id: str | None = None
 
     def __repr__(self) -> str:
         return f"<{type(self).__name__}>"
@@ -186,6 +189,7 @@ class _Head(Struct):
 
     type: msgspec.Raw = msgspec.Raw()
     token: msgspec.Raw = msgspec.Raw()
+    requestId: msgspec.Raw = msgspec.Raw()  # noqa: N815 - the wire's own name
 
 
 class _BinaryTexts(Struct):
@@ -210,15 +214,18 @@ encode = _encoder.encode
 class UndecodableRequestError(Exception):
     """A request that failed to decode, with what can still be said of it.
 
-    `kind` is its type and `token` what it presented, both as far as they could be read; `reason` is for the client
-    once it has been authenticated.
+    `kind` is its type, `token` what it presented and `request_id` what its client calls it, all as far as they could be
+    read; `reason` is for the client once it has been authenticated.
     """
 
-    def __init__(self, kind: type[Request] | None, token: str, reason: InvalidRequestError) -> None:
+    def __init__(
+        self, kind: type[Request] | None, token: str, reason: InvalidRequestError, request_id: str | None = None
+    ) -> None:
         super().__init__(str(reason))
         self.kind = kind
         self.token = token
         self.reason = reason
+        self.request_id = request_id
 
 
 def decode_request(line: bytes) -> Request:
@@ -232,14 +239,24 @@ def decode_request(line: bytes) -> Request:
         request: Request = _request_decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _undecodable(line, error) from None
+    if request.request_id is not None and not _is_request_id(request.request_id):
+        raise UndecodableRequestError(type(request), request.token, InvalidRequestError(_REQUEST_ID_RULE))
     # A backslash, too: the padding may be escaped.
     padding = line.find(b"=")
     if _BACKSLASH in line or (padding >= 0 and _LOOSE_PADDING.search(line, padding)):
         field = _non_canonical_field(request, line)
         if field is not None:
             reason = InvalidRequestError(f"{field}: not canonical base64")
-            raise UndecodableRequestError(type(request), request.token, reason)
+            raise UndecodableRequestError(type(request), request.token, reason, request.request_id)
     return request
+
+
+_REQUEST_ID_RULE: Final = f"requestId: has 1 to {MAX_REQUEST_ID_CHARACTERS} printable characters"
+
+
+def _is_request_id(text: str) -> bool:
+    # It goes into logs, where a line end or an escape would be another's line.
+    return 1 <= len(text) <= MAX_REQUEST_ID_CHARACTERS and text.isprintable()
 
 
 _ARRAY: Final = ord("[")
@@ -283,14 +300,17 @@ def _undecodable(line: bytes, error: Exception) -> UndecodableRequestError:
         return UndecodableRequestError(None, "", InvalidRequestError("not strict UTF-8"))
     try:
         head = _head_decoder.decode(line)
-        token, name = _text(head.token), _text(head.type)
+        token, name, request_id = _text(head.token), _text(head.type), _text(head.requestId)
     except (msgspec.MsgspecError, UnicodeDecodeError):
         return UndecodableRequestError(None, "", InvalidRequestError("not a JSON object"))
     kind = _request_types.get(name)
     if kind is None:
         reason = "type: missing" if bytes(head.type) in (b"", b"null") else "type: unknown request type"
-        return UndecodableRequestError(None, token, InvalidRequestError(reason))
-    return UndecodableRequestError(kind, token, InvalidRequestError(_rule(str(error))))
+    else:
+        reason = _rule(str(error))
+    return UndecodableRequestError(
+        kind, token, InvalidRequestError(reason), request_id if _is_request_id(request_id) else None
+    )
 
 
 def _text(raw: msgspec.Raw) -> str:

@@ -49,8 +49,9 @@ from kms.keystore.document import KdfHeader, RootKeys
 from kms.server.config import ENVIRONMENT, resolve
 from kms.server.handlers import Handlers
 from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, Peer, RequestPipeline
+from kms.server.middleware import Authenticator, RequestPipeline
 from kms.server.principals import parse as parse_principals
+from kms.server.served import Peer
 from kms.wire import messages
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
@@ -207,7 +208,7 @@ def _at_once(answer: Awaitable[bytes]) -> bytes:
 def check_request(data: bytes) -> None:
     """Whatever one line asks, the server answers it with one line of JSON, and never with its own fault."""
     line = data.replace(b"\n", b" ")
-    answer = world().pipeline.serve(line, _PEER)
+    answer = world().pipeline.session(_PEER).serve(line)
     if not isinstance(answer, bytes):
         answer = _at_once(answer())
     reply = json.loads(answer)
@@ -219,7 +220,7 @@ def check_ciphertext(data: bytes) -> None:
     """A blob opens only if it was made, to what it was made of; else there is one and the same reply."""
     known = world().ciphertexts.get(data)
     for kind, wanted in (("Decrypt", b"plaintext"), ("ReEncrypt", b"ciphertext")):
-        answer = world().pipeline.serve(decrypt_line(data, kind), _PEER)
+        answer = world().pipeline.session(_PEER).serve(decrypt_line(data, kind))
         assert isinstance(answer, bytes)
         if known is None:
             if answer.startswith(b'{"status":"ok"'):

@@ -51,7 +51,7 @@ def _ciphertexts(server: Server) -> list[bytes]:
 
 def _reply(server: Server, kind: str, blob: bytes) -> bytes:
     line = {"type": kind, "token": "api-token-canary", "ciphertext": text(blob), "aad": text(AAD)}
-    answer = server.pipeline.serve(json.dumps(line).encode(), PEER)
+    answer = server.pipeline.session(PEER).serve(json.dumps(line).encode())
     assert isinstance(answer, bytes)
     return answer
 
@@ -83,7 +83,7 @@ def test_no_flipped_bit_of_the_aad_opens_a_ciphertext(server: Server) -> None:
 
 def test_a_ciphertext_of_a_closed_version_fails_like_any_other() -> None:
     for blob in world().closed:
-        assert world().pipeline.serve(decrypt_line(blob), PEER) == DECRYPTION_FAILED
+        assert world().pipeline.session(PEER).serve(decrypt_line(blob)) == DECRYPTION_FAILED
 
 
 @pytest.mark.parametrize(("raw", "open_"), FORMATS)

@@ -6,7 +6,7 @@ import socket
 import time
 
 from kms.server.connection import Connection, ConnectionBounds
-from kms.server.middleware import Later, Peer, RequestPipeline
+from kms.server.middleware import Later, Session
 from kms.wire.framing import Framer
 
 STALL = b"stall"
@@ -15,40 +15,40 @@ STALL = b"stall"
 
 def stalls() -> None:
     """Let one client hold up all others for a moment."""
-    serve = RequestPipeline.serve
+    serve = Session.serve
 
-    def slow(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Later:
+    def slow(self: Session, line: bytes) -> bytes | Later:
         if STALL in line:
             time.sleep(1.5)
-        return serve(self, line, peer)
+        return serve(self, line)
 
-    RequestPipeline.serve = slow  # type: ignore[method-assign]
+    Session.serve = slow  # type: ignore[method-assign]
 
 
 def errs() -> None:
     """Answer one request in a hundred with an error."""
-    serve = RequestPipeline.serve
+    serve = Session.serve
     count = 0
 
-    def erring(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Later:
+    def erring(self: Session, line: bytes) -> bytes | Later:
         nonlocal count
         count += 1
         # What warms a client up comes first.
-        return serve(self, line if count < 500 or count % 100 else b"{}", peer)
+        return serve(self, line if count < 500 or count % 100 else b"{}")
 
-    RequestPipeline.serve = erring  # type: ignore[method-assign]
+    Session.serve = erring  # type: ignore[method-assign]
 
 
 def fails() -> None:
     """Raise on a line that does not even begin like JSON, instead of answering."""
-    serve = RequestPipeline.serve
+    serve = Session.serve
 
-    def failing(self: RequestPipeline, line: bytes, peer: Peer) -> bytes | Later:
+    def failing(self: Session, line: bytes) -> bytes | Later:
         if not line.startswith(b"{"):
             raise ValueError
-        return serve(self, line, peer)
+        return serve(self, line)
 
-    RequestPipeline.serve = failing  # type: ignore[method-assign]
+    Session.serve = failing  # type: ignore[method-assign]
 
 
 def keeps_memory() -> None:

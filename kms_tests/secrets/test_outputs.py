@@ -26,7 +26,8 @@ from kms.core.secret import Secret
 from kms.errors import AuthFailedError, WireError
 from kms.keystore.file import KeystoreLock, initialise
 from kms.server.handlers import Handlers
-from kms.server.middleware import Authenticator, Peer, RequestPipeline
+from kms.server.middleware import Authenticator, RequestPipeline
+from kms.server.served import Peer
 from kms.wire import messages
 from kms_tests.integration.processes import Machine, Outcome, Server, Wire
 from kms_tests.secrets.canaries import forms, leaked, text
@@ -413,7 +414,7 @@ def test_a_bug_is_logged_without_its_text() -> None:
 
         authenticator = Authenticator(Secret(bytearray(API_TOKEN.encode())), Secret(bytearray(ADMIN_TOKEN.encode())))
         pipeline = RequestPipeline(Broken(NO_KEYS, NO_KEYS, new_data_key=bytes), authenticator, AllowAll())
-        reply = pipeline.serve(f'{{"type":"Health","token":"{API_TOKEN}"}}'.encode(), Peer(1, "unix"))
+        reply = pipeline.session(Peer(1, "unix")).serve(f'{{"type":"Health","token":"{API_TOKEN}"}}'.encode())
     finally:
         logging.getLogger("kms").removeHandler(handler)
     assert "RuntimeError" in stream.getvalue()

@@ -24,7 +24,8 @@ from kms.core.policy import AllowAll, Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError
 from kms.server.handlers import Handlers
-from kms.server.middleware import Authenticator, Peer, RequestPipeline
+from kms.server.middleware import Authenticator, RequestPipeline
+from kms.server.served import Peer
 
 THRESHOLD: Final = 4.5
 CROP: Final = 0.9
@@ -67,8 +68,7 @@ def directly(kind: type[Authenticator] = Authenticator) -> Probe:
 
 
 def through_the_pipeline(kind: type[Authenticator] = Authenticator) -> Probe:
-    serve = RequestPipeline(NO_HANDLERS, authenticator(kind), AllowAll()).serve
-    return lambda line: serve(line, PEER)
+    return RequestPipeline(NO_HANDLERS, authenticator(kind), AllowAll()).session(PEER).serve
 
 
 def in_a_request(token: str) -> bytes:
