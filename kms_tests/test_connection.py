@@ -81,6 +81,18 @@ async def test_replies_come_in_request_order_even_when_one_waits_for_the_disk(au
             assert await read_to_end(client) == b"slow:b\nc\n"
 
 
+async def test_a_reply_that_the_socket_takes_only_in_parts_arrives_whole(autojump_clock: MockClock) -> None:
+    line = b"x" * 16_000
+    with connected(Echo(), ConnectionBounds(max_frame_bytes=1 << 20)) as (connection, client, ours):
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(line + b"\n")
+            await wait_all_tasks_blocked()
+            await client.send_eof()
+            assert await read_to_end(client) == line + b"\n"
+
+
 async def test_a_request_cut_off_by_the_end_of_the_stream_is_still_served(autojump_clock: MockClock) -> None:
     with connected(Echo()) as (connection, client, _):
         async with trio.open_nursery() as nursery:
