@@ -137,7 +137,7 @@ class Connection:
     def _answer_one(self, frame: bytes) -> Awaitable[None] | None:
         """Answer a request that came alone; returns what is still to be awaited.
 
-        Mostly nothing is: without the coroutines of `_answer` and `_send_replies` a request takes 1.5 us less of 17 in the benchmark.
+        Mostly nothing is. Without the coroutines of `_answer` and `_send_replies` a request takes 15.7 us instead of 17.2.
         """
         reply = self._session.serve(frame)
         if type(reply) is bytes:
