@@ -118,8 +118,14 @@ class KeystoreError(KmsError):
     exit_code = EXIT_BAD_INPUT
 
 
+class AuditLogError(KmsError):
+    """The audit log is not what it should be: altered, cut short, under another key, or newer than the keystore."""
+
+    exit_code = EXIT_BAD_INPUT
+
+
 class KeystoreLockedError(KmsError):
-    """Another process holds the keystore."""
+    """Another process holds the keystore, or the audit log."""
 
     exit_code = EXIT_LOCKED
 

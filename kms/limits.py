@@ -73,6 +73,26 @@ NOBODY_ID: Final = 65534
 MAX_DECISIONS_KEPT: Final = 1024
 """Of each principal: (operation, group) pairs whose outcome is kept, 400 bytes each at the most."""
 
+# The audit log.
+
+MAX_AUDIT_LINE_BYTES: Final = 1 << 13
+"""One record. Two names of groups, each of 255 characters that JSON writes as six, make 3 KiB of it; the rest is short."""
+AUDIT_TAIL_BYTES: Final = 1 << 20
+"""What is read of a log's end to go on from there: more than what failed writes, one upon another, leave behind it."""
+MAX_AUDIT_HEAD_BYTES: Final = 1 << 10
+AUDIT_HEAD_INTERVAL: Final = 1.0
+"""How often the head file is written, which takes two fsyncs. What is cut off behind it looks like what a crash took."""
+AUDIT_RETRY_INTERVAL: Final = 0.1
+"""Between two tries to write a log that cannot be written; a request does not wait for one."""
+AUDIT_ROTATION_TIME: Final = 10.0
+"""From when the log is renamed until SIGHUP says so. logrotate sends it at once, but may compress the old file first."""
+MAX_KEPT_RECORDS: Final = MAX_CONNECTIONS_CEILING
+"""Outcomes of changes of keys that wait for a log that can be written: each connection has one under way."""
+MAX_FINDINGS_SHOWN: Final = 20
+"""Of `verify-audit`; the rest are counted."""
+MAX_KEY_CHANGES: Final = 1000
+"""Changes of the passphrase that `verify-audit` goes back over in one log; each keeps a key in memory."""
+
 # Argon2id. The parameters in a keystore are read before they can be authenticated, so they are bounded.
 
 KDF_MEMORY_KIB: Final = 64 * 1024

@@ -58,6 +58,15 @@ def test_the_file_of_principals_is_in_the_data_directory_and_has_to_exist_only_w
     assert (config.principals, config.principals_named) == (Path("/flag"), True)
 
 
+def test_the_audit_log_is_in_the_data_directory_unless_it_is_named() -> None:
+    config = resolve({}, HOME)
+    assert (config.audit_log, config.audit_log_named) == (DATA / "audit.log", False)
+    config = resolve({}, {**HOME, "MINIKMS_AUDIT_LOG": "/env"})
+    assert (config.audit_log, config.audit_log_named) == (Path("/env"), True)
+    config = resolve({"audit_log": "/flag"}, {**HOME, "MINIKMS_AUDIT_LOG": "/env"})
+    assert (config.audit_log, config.audit_log_named) == (Path("/flag"), True)
+
+
 def test_the_group_of_the_Unix_socket_is_named_and_has_to_exist() -> None:
     groups = grp.getgrall()[:2]
     assert resolve({}, HOME).unix_socket_gid is None

@@ -13,7 +13,7 @@ EXITS = [
     (1, ["InvalidRequestError", "DecryptionFailedError", "FrameTooLargeError"]),
     (2, ["WrongPassphraseError"]),
     (64, ["ConfigError"]),
-    (65, ["InputError", "KeystoreError"]),
+    (65, ["InputError", "KeystoreError", "AuditLogError"]),
     (66, ["InputMissingError"]),
     (69, ["ServerUnreachableError", "UnavailableError"]),
     (70, ["InternalError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),

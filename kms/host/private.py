@@ -84,14 +84,14 @@ def check_shared_directory(path: Path, gid: int) -> None:
         raise SecretFileError(f"the group {gid} may not enter the directory {path}; {remedy}")
 
 
-def open_private(path: Path) -> int:
-    """A read-only descriptor of a private regular file.
+def open_private(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a private regular file that is there, to read it unless `flags` say otherwise.
 
     Checked on the descriptor, not on the path, so that the file cannot be exchanged in between.
     """
     try:
         # O_NONBLOCK: opening a FIFO must not hang before its kind is known.
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise InputMissingError(f"there is no file {path}") from None
     except PermissionError:

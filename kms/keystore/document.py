@@ -21,6 +21,7 @@ import msgspec
 from msgspec import Struct
 
 from kms.core import derive
+from kms.core.audit import AuditKeys
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus, is_possible_name
@@ -33,6 +34,8 @@ _ROOT_CHECK: Final = b"mini-kms/root-check/v3"
 _LABEL_WRAP: Final = "mini-kms/v3/wrap-kek"
 _LABEL_CHECK: Final = "mini-kms/v3/root-check"
 _LABEL_MAC: Final = "mini-kms/v3/keystore-mac"
+_LABEL_AUDIT_MAC: Final = "mini-kms/v3/audit-mac"
+_LABEL_AUDIT_WRAP: Final = "mini-kms/v3/audit-key-wrap"
 
 ALTERED: Final = "the keystore was altered or damaged; nothing was changed. Put back a good copy"
 WRONG_PASSPHRASE: Final = "wrong passphrase for this keystore; nothing was changed"  # noqa: S105 - a message
@@ -85,9 +88,9 @@ class _Head(Struct, rename="camel"):
 
 
 class RootKeys:
-    """The sub-keys of one root key: what a keystore is wrapped, checked and MACed with."""
+    """The sub-keys of one root key: what a keystore is wrapped, checked and MACed with, and what its audit log is under."""
 
-    __slots__ = ("_check", "_mac", "_wrap")
+    __slots__ = ("_check", "_mac", "_wrap", "audit")
 
     def __init__(self, root: Secret) -> None:
         """Derive them; `root` is not kept, and the caller should wipe it."""
@@ -95,6 +98,8 @@ class RootKeys:
         with derive.sub_key(root, _LABEL_WRAP) as wrap, derive.sub_key(root, _LABEL_CHECK) as check:
             self._wrap = EnvelopeKey(wrap)
             self._check = EnvelopeKey(check)
+        with derive.sub_key(root, _LABEL_AUDIT_MAC) as mac, derive.sub_key(root, _LABEL_AUDIT_WRAP) as wrap:
+            self.audit: Final = AuditKeys.join(mac, wrap)
 
     def wrap_kek(self, group: str, version: int, kek: Secret) -> bytes:
         """`kek` sealed for this slot and no other."""
@@ -124,6 +129,7 @@ class RootKeys:
         self._mac.wipe()
         self._wrap.wipe()
         self._check.wipe()
+        self.audit.wipe()
 
 
 @dataclass(frozen=True, slots=True)

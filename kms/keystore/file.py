@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from kms.core.audit import AuditKeys
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import EMPTY, CreateGroup, Keyring, NewKek, apply
@@ -132,6 +133,11 @@ class Keystore:
         except durable.RenameError as error:
             # The keystore itself is untouched, so this is a failure whose outcome is known.
             raise OSError(error.errno, error.strerror) from error
+
+    @property
+    def audit_keys(self) -> AuditKeys:
+        """What the audit log of this keystore is under; they are wiped with it."""
+        return self._keys.audit
 
     def wipe(self) -> None:
         """Wipe the sub-keys of the root key. The keystore cannot be used afterwards."""

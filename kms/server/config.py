@@ -20,6 +20,7 @@ ENVIRONMENT: Final = {
     "admin_token_file": "MINIKMS_ADMIN_TOKEN_FILE",
     "passphrase_file": "MINIKMS_PASSPHRASE_FILE",
     "principals": "MINIKMS_PRINCIPALS",
+    "audit_log": "MINIKMS_AUDIT_LOG",
     "max_frame_bytes": "MINIKMS_MAX_FRAME_BYTES",
     "idle_timeout_ms": "MINIKMS_IDLE_TIMEOUT_MS",
     "max_connections": "MINIKMS_MAX_CONNECTIONS",
@@ -42,6 +43,9 @@ class ServerConfig:
     principals: Path
     principals_named: bool
     """Whether that file has to exist; the one at the default place need not."""
+    audit_log: Path
+    audit_log_named: bool
+    """Whether one is kept in any case; at the default place one is kept when there are principals."""
     max_frame_bytes: int
     idle_timeout: float
     """Seconds."""
@@ -66,6 +70,7 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         raise ConfigError("--no-tcp and --no-unix together leave no way in; leave one out")
     unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
     principals = source.optional_path("principals", None)
+    audit_log = source.optional_path("audit_log", None)
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     credential = _if_exists(Path(credentials) / "passphrase") if credentials else None
     return ServerConfig(
@@ -78,6 +83,8 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         passphrase_file=source.optional_path("passphrase_file", credential),
         principals=principals or data / "principals.toml",
         principals_named=principals is not None,
+        audit_log=audit_log or data / "audit.log",
+        audit_log_named=audit_log is not None,
         max_frame_bytes=source.number(
             "max_frame_bytes", limits.MAX_FRAME_BYTES, limits.MIN_FRAME_BYTES, limits.MAX_FRAME_BYTES_CEILING
         ),
