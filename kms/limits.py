@@ -80,6 +80,8 @@ MAX_AUDIT_LINE_BYTES: Final = 1 << 13
 AUDIT_TAIL_BYTES: Final = 1 << 20
 """What is read of a log's end to go on from there: more than what failed writes, one upon another, leave behind it."""
 MAX_AUDIT_HEAD_BYTES: Final = 1 << 10
+AUDIT_SYNC_INTERVAL: Final = 1.0
+"""How often the records of the data plane are made durable, and the file is looked after: what a power cut may take."""
 AUDIT_HEAD_INTERVAL: Final = 1.0
 """How often the head file is written, which takes two fsyncs. What is cut off behind it looks like what a crash took."""
 AUDIT_RETRY_INTERVAL: Final = 0.1

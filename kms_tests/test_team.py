@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,17 @@ import pytest
 import trio
 import trio.testing
 
+from kms.core.audit import AuditKeys
 from kms.core.keyring import EMPTY
 from kms.core.policy import Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
 from kms.server.actor import KeyringActor
+from kms.server.audit_keeper import AuditKeeper
 from kms.server.config import ServerConfig, resolve
 from kms.server.daemon import Reload
 from kms.server.handlers import Handlers
-from kms.server.local_provider import LocalMasterKeyProvider
+from kms.server.local_provider import KeyringHolder, LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, RequestPipeline
 from kms.server.served import Credentials, Peer
 from kms.server.team import Access, TeamAuthenticator, load_access
@@ -73,6 +76,14 @@ class Clock:
         return self.now
 
 
+def reload_of(
+    config: ServerConfig, access: Access, pipeline: RequestPipeline, keyring: KeyringHolder, clock: Clock
+) -> Reload:
+    """What SIGHUP does, with `--no-audit`."""
+    keeper = AuditKeeper(replace(config, no_audit=True), AuditKeys(Secret(bytearray(64))))
+    return Reload(config, SHARED, access, pipeline, keeper, keyring, clock)
+
+
 class Team(Server):
     """A pipeline that a file of principals decides for."""
 
@@ -84,7 +95,7 @@ class Team(Server):
             self.write(content)
         access = self.access()
         self.pipeline.admit(access.authenticator, access.policy)
-        self.reload = Reload(self.config, SHARED, access, self.pipeline, self.clock)
+        self.reload = reload_of(self.config, access, self.pipeline, self.manager, self.clock)
 
     @property
     def config(self) -> ServerConfig:
@@ -408,7 +419,7 @@ async def test_a_mutation_is_authorized_again_when_the_actor_takes_it_up(team: T
             clients.start_soon(ask, "CreateKeyGroup", ADMIN, "neighbour")
             await trio.testing.wait_all_tasks_blocked()
             team.write(content)
-            await Reload(team.config, SHARED, access, pipeline, team.clock)()
+            await reload_of(team.config, access, pipeline, actor, team.clock)()
             store.gate.set()
         actor.close()
     codes = [reply.get("errorCode", "ok") for reply in replies]

@@ -54,6 +54,19 @@ _STANDARD_ERROR: Final = 2
     metavar="PATH",
     help="Who may do what; read again on SIGHUP. [MINIKMS_PRINCIPALS or <data>/principals.toml if it exists]",
 )
+@click.option(
+    "--audit-log",
+    type=PATH,
+    metavar="PATH",
+    help="Who did what. [MINIKMS_AUDIT_LOG, or <data>/audit.log when there are principals]",
+)
+@click.option(
+    "--audit-data", metavar="WHAT", help="all, refused or none of the data plane's requests. [MINIKMS_AUDIT_DATA or all]"
+)
+@click.option("--no-audit", is_flag=True, help="Keep no audit log, whether there are principals or not.")
+@click.option(
+    "--accept-rollback", is_flag=True, help="Start although the keystore is older than the audit log: one put back."
+)
 @click.option("--max-frame-bytes", metavar="N", help="Longest request line. [MINIKMS_MAX_FRAME_BYTES or 1048576]")
 @click.option("--idle-timeout-ms", metavar="N", help="Until an idle client is cut off. [MINIKMS_IDLE_TIMEOUT_MS or 30000]")
 @click.option("--max-connections", metavar="N", help="Over both listeners. [MINIKMS_MAX_CONNECTIONS or 256]")
@@ -63,7 +76,8 @@ _STANDARD_ERROR: Final = 2
 def command(**flags: Any) -> int:
     """Serve keys on loopback TCP and a Unix socket until SIGINT or SIGTERM.
 
-    SIGHUP reads the file of principals again; what cannot be used changes nothing.
+    SIGHUP reads the file of principals again; what cannot be used changes nothing. It also begins a new audit log where
+    the old one was renamed.
 
     A first run makes the keystore. Secrets are never flags: MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and
     MINIKMS_ADMIN_TOKEN win over the files; what neither gives is asked for. <data> is $XDG_DATA_HOME/mini-kms or

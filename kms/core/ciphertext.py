@@ -40,11 +40,21 @@ def header_of(blob: bytes) -> bytes:
     return blob[: blob[1] + 10]
 
 
+def version_of(blob: bytes) -> int:
+    """The version in `header_of`, with the same reservation."""
+    start = 2 + blob[1]
+    return int.from_bytes(blob[start : start + 8], "big")
+
+
 def parse(blob: bytes) -> Ciphertext:
     """Take a ciphertext apart; raises `DecryptionFailedError` for anything that is not one."""
-    name = group(blob)
-    start = 2 + blob[1] + 8
-    return Ciphertext(name, int.from_bytes(blob[start - 8 : start], "big"), blob[start:])
+    name, version = kek_id(blob)
+    return Ciphertext(name, version, blob[10 + blob[1] :])
+
+
+def kek_id(blob: bytes) -> tuple[str, int]:
+    """Only the group and the version that it names; raises what `parse` raises."""
+    return group(blob), version_of(blob)
 
 
 def group(blob: bytes) -> str:

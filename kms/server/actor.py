@@ -34,7 +34,7 @@ from kms.core.keyring import (
     transition,
 )
 from kms.core.provider import Permit
-from kms.errors import InternalError, KmsError, SaveFailedError, SaveOutcomeUnknownError
+from kms.errors import InternalError, KmsError, SaveFailedError, SaveOutcomeUnknownError, UnavailableError
 from kms.limits import GROUP_COMMIT_MAX
 
 log: Final = logging.getLogger(__name__)
@@ -47,7 +47,11 @@ class KeyringStore(Protocol):
     def mint(self) -> Mint: ...
 
     def save(self, keyring: Keyring) -> None:
-        """Blocking and durable. Raises `SaveFailedError` or `SaveOutcomeUnknownError`."""
+        """Blocking and durable.
+
+        Raises `SaveFailedError` or `UnavailableError` when nothing was changed, `SaveOutcomeUnknownError` when it may have
+        been.
+        """
         ...
 
 
@@ -154,13 +158,8 @@ class KeyringActor:
         try:
             await trio.to_thread.run_sync(self._store.save, saved, limiter=_one_at_a_time)
         except KmsError as error:
-            failure = InternalError(
-                "the keystore could not be saved; nothing was changed"
-                if isinstance(error, SaveFailedError)
-                else "the outcome of the save is unknown; the server stops"
-            )
             for submission in applied:
-                submission.answer = failure
+                submission.answer = _answer_to_all(error)
             log.error("%s", error)  # noqa: TRY400 - the message says it all; a traceback belongs to a bug
             _wipe_dropped(touched, saved, self.current)
             if isinstance(error, SaveOutcomeUnknownError):
@@ -174,6 +173,15 @@ class KeyringActor:
         # Nothing but a destroyed version drops a key; to look through all others took 60 us for each rotation.
         destroyed = {done.command.group for done in applied if isinstance(done.command, DestroyVersion)}
         _wipe_dropped(destroyed, previous, saved)
+
+
+def _answer_to_all(error: KmsError) -> KmsError:
+    """What each client is told whose command was to be in the save that raised `error`."""
+    if isinstance(error, UnavailableError):
+        return error
+    if isinstance(error, SaveFailedError):
+        return InternalError("the keystore could not be saved; nothing was changed")
+    return InternalError("the outcome of the save is unknown; the server stops")
 
 
 _one_at_a_time: Final = trio.CapacityLimiter(math.inf)

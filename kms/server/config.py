@@ -5,11 +5,14 @@ from __future__ import annotations
 import grp
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from kms import limits
 from kms.errors import ConfigError
+
+E = TypeVar("E", bound=StrEnum)
 
 ENVIRONMENT: Final = {
     "tcp_port": "MINIKMS_TCP_PORT",
@@ -21,11 +24,20 @@ ENVIRONMENT: Final = {
     "passphrase_file": "MINIKMS_PASSPHRASE_FILE",
     "principals": "MINIKMS_PRINCIPALS",
     "audit_log": "MINIKMS_AUDIT_LOG",
+    "audit_data": "MINIKMS_AUDIT_DATA",
     "max_frame_bytes": "MINIKMS_MAX_FRAME_BYTES",
     "idle_timeout_ms": "MINIKMS_IDLE_TIMEOUT_MS",
     "max_connections": "MINIKMS_MAX_CONNECTIONS",
 }
 """Which environment variable stands in for which flag."""
+
+
+class DataAudit(StrEnum):
+    """What is recorded of the data plane. The control plane is, always."""
+
+    ALL = "all"
+    REFUSED = "refused"
+    NONE = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +58,18 @@ class ServerConfig:
     audit_log: Path
     audit_log_named: bool
     """Whether one is kept in any case; at the default place one is kept when there are principals."""
+    no_audit: bool
+    audit_data: DataAudit
+    accept_rollback: bool
+    """Whether to start on a keystore that is older than its audit log."""
     max_frame_bytes: int
     idle_timeout: float
     """Seconds."""
     max_connections: int
+
+    def keeps_audit(self, *, has_principals: bool) -> bool:
+        """Whether an audit log is kept, given whether there is a file of principals."""
+        return not self.no_audit and (self.audit_log_named or has_principals)
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
@@ -68,6 +88,9 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
     no_tcp, no_unix = bool(flags.get("no_tcp")), bool(flags.get("no_unix"))
     if no_tcp and no_unix:
         raise ConfigError("--no-tcp and --no-unix together leave no way in; leave one out")
+    no_audit = bool(flags.get("no_audit"))
+    if no_audit and flags.get("audit_log"):
+        raise ConfigError("--no-audit and --audit-log exclude each other; give one")
     unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
     principals = source.optional_path("principals", None)
     audit_log = source.optional_path("audit_log", None)
@@ -85,6 +108,9 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         principals_named=principals is not None,
         audit_log=audit_log or data / "audit.log",
         audit_log_named=audit_log is not None,
+        no_audit=no_audit,
+        audit_data=source.choice("audit_data", DataAudit, DataAudit.ALL),
+        accept_rollback=bool(flags.get("accept_rollback")),
         max_frame_bytes=source.number(
             "max_frame_bytes", limits.MAX_FRAME_BYTES, limits.MIN_FRAME_BYTES, limits.MAX_FRAME_BYTES_CEILING
         ),
@@ -119,6 +145,15 @@ class _Source:
         if not low <= number <= high:
             raise ConfigError(f"{origin}: {number} is outside {low}..{high}")
         return number
+
+    def choice(self, name: str, choices: type[E], default: E) -> E:
+        value, origin = self._find(name)
+        if value is None:
+            return default
+        try:
+            return choices(value)
+        except ValueError:
+            raise ConfigError(f"{origin}: give one of {', '.join(choices)}") from None
 
     def path(self, name: str, default: Path) -> Path:
         return self.optional_path(name, default) or default

@@ -3,7 +3,7 @@
 Supervision, outer to inner: signals -> actor -> connections -> accepting. Stopping walks it from the inside out: stop
 accepting, wake the idle connections, give those at work five seconds, close the actor's channel, wipe every key.
 
-SIGHUP stops nothing: it reads the file of principals again.
+SIGHUP stops nothing: it reads the file of principals again, and goes on in a new file where the audit log was renamed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,12 @@ from kms.host import hardening
 from kms.keystore.file import Keystore, KeystoreLock, initialise, load
 from kms.limits import DRAIN_TIMEOUT, KEY_BYTES
 from kms.server.actor import KeyringActor
+from kms.server.audit_keeper import AuditedStore, AuditKeeper
 from kms.server.config import ServerConfig
 from kms.server.connection import Connection, ConnectionBounds, Session
 from kms.server.handlers import Handlers
 from kms.server.listeners import UnixListener, open_tcp
-from kms.server.local_provider import LocalMasterKeyProvider
+from kms.server.local_provider import KeyringHolder, LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, RequestPipeline, log_bug
 from kms.server.served import Credentials, Peer
 from kms.server.team import Access, Clock, load_access
@@ -81,10 +82,14 @@ async def _main(
         with lock:
             keystore, keyring = await trio.to_thread.run_sync(_unlock, lock, passphrase, parameters, say)
             passphrase.wipe()
-            actor = KeyringActor(keyring, keystore, clock=lambda: int(time.time()))
+            keeper = AuditKeeper(config, keystore.audit_keys)
+            actor = KeyringActor(keyring, AuditedStore(keystore, keeper), clock=lambda: int(time.time()))
             try:
-                return await _serve(config, actor, authenticator, access, signals, say, memory)
+                open_log = partial(keeper.open, keyring.generation, has_principals=access.is_from_file)
+                await trio.to_thread.run_sync(open_log)
+                return await _serve(config, actor, authenticator, access, keeper, signals, say, memory)
             finally:
+                keeper.close()
                 _wipe(actor.current, keystore)
 
 
@@ -106,6 +111,7 @@ async def _serve(
     actor: KeyringActor,
     shared: Authenticator,
     access: Access,
+    keeper: AuditKeeper,
     signals: AsyncIterator[int],
     say: Say,
     memory: str,
@@ -114,7 +120,7 @@ async def _serve(
     # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
     new_data_key = partial(os.urandom, KEY_BYTES)
     handlers = Handlers(provider, actor, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)
-    pipeline = RequestPipeline(handlers, access.authenticator, access.policy)
+    pipeline = RequestPipeline(handlers, access.authenticator, access.policy, trail=keeper.trail)
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
     crowd = Crowd(pipeline.session, bounds, config.max_connections)
     status = EXIT_OK
@@ -122,6 +128,7 @@ async def _serve(
         with _listening(config) as (listeners, addresses):
             async with trio.open_nursery() as supervisor:
                 supervisor.start_soon(actor.run)
+                supervisor.start_soon(keeper.run)
                 try:
                     async with trio.open_nursery() as connections:
                         async with trio.open_nursery() as accepting:
@@ -133,9 +140,12 @@ async def _serve(
                             say(memory)
                             if access.is_from_file:
                                 say(access.origin)
+                            if keeper.log is not None:
+                                say(f"audit log {keeper.log.path}, of the data plane: {config.audit_data}")
                             say(f"ready on {' and '.join(addresses)} (pid {os.getpid()})")
                             notify("READY=1")
-                            number = await _until_stopped(signals, Reload(config, shared, access, pipeline, time.time))
+                            reload = Reload(config, shared, access, pipeline, keeper, actor, time.time)
+                            number = await _until_stopped(signals, reload)
                             say(f"stopping on {signal.Signals(number).name}")
                             notify("STOPPING=1")
                             accepting.cancel_scope.cancel()
@@ -144,6 +154,7 @@ async def _serve(
                 finally:
                     # However this ends: the actor is shielded, and would keep a broken daemon alive for ever.
                     actor.close()
+                    supervisor.cancel_scope.cancel()
     except* SaveOutcomeUnknownError:
         # The actor has logged it. What is on disk is not known, so nothing more may be answered from memory.
         status = EXIT_INTERNAL
@@ -161,15 +172,21 @@ async def _until_stopped(signals: AsyncIterator[int], reload: Reload) -> int:
 
 @dataclass
 class Reload:
-    """Puts the file of principals in force as it is now. One that cannot be used leaves everything as it was."""
+    """Puts the file of principals in force as it is now, and goes on in a new file where the audit log was renamed.
+
+    A file of principals that cannot be used leaves everything as it was.
+    """
 
     config: ServerConfig
     shared: Authenticator
     access: Access
     pipeline: RequestPipeline
+    keeper: AuditKeeper
+    keyring: KeyringHolder
     clock: Clock
 
     async def __call__(self) -> None:
+        self.keeper.reopen()
         try:
             self.access = await trio.to_thread.run_sync(self._load)
         except KmsError as error:
@@ -177,11 +194,13 @@ class Reload:
         except Exception as error:  # a bug must cost the reload, not the server
             log_bug("principals not reloaded, all stays as it was", error)
         else:
-            self.pipeline.admit(self.access.authenticator, self.access.policy)
+            self.pipeline.admit(self.access.authenticator, self.access.policy, self.keeper.trail)
             log.info("reloaded: %s", self.access.origin)
 
     def _load(self) -> Access:
-        return load_access(self.config, self.shared, self.clock, needs_file=self.access.is_from_file)
+        access = load_access(self.config, self.shared, self.clock, needs_file=self.access.is_from_file)
+        self.keeper.open(self.keyring.current.generation, has_principals=access.is_from_file)
+        return access
 
 
 @contextlib.contextmanager

@@ -28,10 +28,10 @@ from kms.core import ciphertext
 from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
 from kms.core.secret import Secret
-from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnauthorizedError, WireError
-from kms.limits import MAX_GROUP_NAME_BYTES
+from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnauthorizedError, UnavailableError, WireError
+from kms.server.audit_trail import AuditTrail, Turn
 from kms.server.handlers import Handlers, group_of
-from kms.server.served import Observer, Peer, Served
+from kms.server.served import Observer, Peer, Served, bounded_name
 from kms.wire.messages import (
     Decrypt,
     Encrypt,
@@ -48,6 +48,7 @@ from kms.wire.messages import (
 log: Final = logging.getLogger("kms.audit")
 
 _DATA: Final = Plane.DATA
+_HEALTH: Final = Operation.HEALTH
 """Looked up through its class, a member of an enum takes 0.1 us on Python 3.11."""
 
 Later = Callable[[], Awaitable[bytes]]
@@ -130,48 +131,36 @@ class RequestPipeline:
         authenticator: Authenticator,
         policy: KeyAuthorizationPolicy,
         observers: Sequence[Observer] = (),
+        trail: AuditTrail | None = None,
     ) -> None:
-        """`observers` are told of every request."""
+        """`observers` are told of every request; with a `trail`, what cannot be put on record is not answered."""
         self.data_handlers = handlers.data_plane()
         self.control_handlers = handlers.control_plane()
         self.observers = tuple(observers)
-        self.admit(authenticator, policy)
+        self.admit(authenticator, policy, trail)
 
-    def admit(self, authenticator: Authenticator, policy: KeyAuthorizationPolicy) -> None:
-        """From now on let these two decide: about new requests, and about changes of keys that still wait."""
+    def admit(self, authenticator: Authenticator, policy: KeyAuthorizationPolicy, trail: AuditTrail | None = None) -> None:
+        """From now on let these decide: about new requests, and about changes of keys that still wait."""
         self.authenticator = authenticator
         self.policy = policy
+        self.trail = trail
+        self.is_watched = bool(self.observers) or trail is not None
 
     def session(self, peer: Peer) -> Session:
         """What answers the requests of one connection."""
         return Session(self, peer)
 
-    def caller(self, request: Request, peer: Peer) -> Principal:
-        """Who asks, if they may ask it now; raises `AuthFailedError` or `UnauthorizedError`."""
-        principal = self.authenticator.authenticate(request.plane, request.token, peer)
-        authorize(self.policy, principal, request)
-        return principal
-
-    def visible(self, principal: Principal, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
-        """Those of `groups` that are in the list that `principal` gets."""
-        allows, listing = self.policy.allows, Operation.LIST_KEY_GROUPS
-        return [group for group in groups if allows(principal, listing, group.key_id, b"")]
-
-    def observe(self, served: Served) -> None:
-        """Tell whoever watches."""
-        for observer in self.observers:
-            observer(served)
-
 
 class Session:
     """The requests of one connection, numbered in the order in which they come."""
 
-    __slots__ = ("_number", "_peer", "_pipeline")
+    __slots__ = ("_number", "_peer", "_pipeline", "_turn")
 
     def __init__(self, pipeline: RequestPipeline, peer: Peer) -> None:
         self._pipeline = pipeline
         self._peer = peer
         self._number = 0
+        self._turn = Turn()
 
     def serve(self, line: bytes) -> bytes | Later:
         """The reply line to `line`, without its line end; for the control plane, what to call for it."""
@@ -185,74 +174,103 @@ class Session:
             return partial(self._serve_control, number, request, began)
         pipeline, principal = self._pipeline, None
         try:
+            if pipeline.trail is not None and request.operation is not _HEALTH:
+                pipeline.trail.check()
             principal = pipeline.authenticator.authenticate(_DATA, request.token, self._peer)
             authorize(pipeline.policy, principal, request)
             kind = type(request)
             reply = pipeline.data_handlers[kind](request)
         except Exception as error:
             return self._failed(number, request, principal, error, began)
-        if pipeline.observers:
-            pipeline.observe(Served(self._peer, number, request, kind, principal, reply, None, began, request.request_id))
-        return encode(reply if request.request_id is None else _named(reply, request.request_id))
-
-    async def _serve_control(self, number: int, request: Request, began: float) -> bytes:
-        pipeline, principal = self._pipeline, None
-        try:
-            principal = pipeline.caller(request, self._peer)
-            reply = await pipeline.control_handlers[type(request)](
-                request, _Caller(pipeline, request, self._peer, principal)
+        if request.request_id is not None:
+            reply = _named(reply, request.request_id)
+        if pipeline.is_watched:
+            return self._answer(
+                Served(self._peer, number, request, kind, principal, reply, None, began, request.request_id), reply
             )
-        except Exception as error:
-            return self._failed(number, request, principal, error, began)
-        served = Served(self._peer, number, request, type(request), principal, reply, None, began, request.request_id)
-        _record(served)
-        pipeline.observe(served)
-        return encode(reply if request.request_id is None else _named(reply, request.request_id))
+        return encode(reply)
 
     def commit(self) -> bytes | None:
         """Put what was served since the last time on record: None when that is done, or what to send instead."""
-        return None
+        return self._turn.commit(self._pipeline.trail) if self._turn.replies else None
+
+    async def _serve_control(self, number: int, request: Request, began: float) -> bytes:
+        pipeline = self._pipeline
+        caller = _Caller(pipeline, number, request, self._peer)
+        try:
+            if pipeline.trail is not None:
+                pipeline.trail.check()
+            caller.identify()
+            reply = await pipeline.control_handlers[type(request)](request, caller)
+        except Exception as error:
+            return self._failed(number, request, caller.principal, error, began, has_begun=caller.has_begun)
+        if request.request_id is not None:
+            reply = _named(reply, request.request_id)
+        served = Served(
+            self._peer, number, request, type(request), caller.principal, reply, None, began, request.request_id
+        )
+        _record(served)
+        return self._answer(served, reply, has_begun=caller.has_begun)
 
     def frame_too_large(self, limit: int) -> bytes:
         """The reply to a line over the limit, after which the connection is closed."""
         self._number += 1
         error = FrameTooLargeError(f"a request line has at most {limit} bytes")
-        return self._refused(self._number, None, None, None, error, perf_counter(), None)
+        return self._refuse(Served(self._peer, self._number, None, None, None, None, error, perf_counter(), None), error)
 
     def _refuse_undecodable(self, number: int, error: UndecodableRequestError, began: float) -> bytes:
-        def refused(principal: Principal | None, reason: WireError) -> bytes:
-            return self._refused(number, None, error.kind, principal, reason, began, error.request_id)
+        principal: Principal | None = None
+        reason: WireError = error.reason
+        if error.kind is not None:
+            try:
+                principal = self._pipeline.authenticator.authenticate(error.kind.plane, error.token, self._peer)
+            except AuthFailedError as failure:
+                reason = failure
+        served = Served(self._peer, number, None, error.kind, principal, None, reason, began, error.request_id)
+        reply = self._refuse(served, reason)
+        return Rejection(reply) if error.kind is None else reply
 
-        if error.kind is None:
-            return Rejection(refused(None, error.reason))
-        try:
-            principal = self._pipeline.authenticator.authenticate(error.kind.plane, error.token, self._peer)
-        except AuthFailedError as failure:
-            return refused(None, failure)
-        return refused(principal, error.reason)
-
-    def _failed(self, number: int, request: Request, principal: Principal | None, error: Exception, began: float) -> bytes:
+    def _failed(
+        self,
+        number: int,
+        request: Request,
+        principal: Principal | None,
+        error: Exception,
+        began: float,
+        *,
+        has_begun: bool = False,
+    ) -> bytes:
         """The reply to a request that raised. A bug costs this one reply, not the connection."""
         if not isinstance(error, WireError):
             log_bug(f"unexpected error in {request.operation.value}", error)
             error = InternalError("internal error; the server's log has the details")
-        return self._refused(number, request, type(request), principal, error, began, request.request_id)
+        served = Served(self._peer, number, request, type(request), principal, None, error, began, request.request_id)
+        return self._refuse(served, error, has_begun=has_begun)
 
-    def _refused(
-        self,
-        number: int,
-        request: Request | None,
-        kind: type[Request] | None,
-        principal: Principal | None,
-        error: WireError,
-        began: float,
-        request_id: str | None,
-    ) -> bytes:
-        served = Served(self._peer, number, request, kind, principal, None, error, began, request_id)
+    def _refuse(self, served: Served, error: WireError, *, has_begun: bool = False) -> bytes:
         _record(served)
-        self._pipeline.observe(served)
-        reply = encode(ErrorReply(error.code, str(error), request_id=request_id))
-        return Rejection(reply) if isinstance(error, AuthFailedError) else reply
+        reply = ErrorReply(error.code, str(error), request_id=served.request_id)
+        line = self._answer(served, reply, has_begun=has_begun)
+        return Rejection(line) if isinstance(error, AuthFailedError) else line
+
+    def _answer(self, served: Served, reply: Reply, *, has_begun: bool = False) -> bytes:
+        """The line of `reply`, which is sent once `served` is on record, where there is one."""
+        pipeline = self._pipeline
+        for observer in pipeline.observers:
+            observer(served)
+        trail = pipeline.trail
+        if trail is None:
+            return encode(reply)
+        waits_for: Served | None = served
+        if has_begun:
+            waits_for = None
+            try:
+                trail.finish(served)
+            except UnavailableError as error:
+                reply = ErrorReply(error.code, str(error), request_id=served.request_id)
+        line = encode(reply)
+        self._turn.add(line, waits_for)
+        return line
 
 
 def _named(reply: Reply, request_id: str) -> Reply:
@@ -263,17 +281,32 @@ def _named(reply: Reply, request_id: str) -> Reply:
 class _Caller:
     """The `Caller` of one request: its name from when it came, its right to ask looked up anew each time."""
 
-    def __init__(self, pipeline: RequestPipeline, request: Request, peer: Peer, principal: Principal) -> None:
+    def __init__(self, pipeline: RequestPipeline, number: int, request: Request, peer: Peer) -> None:
+        self.principal: Principal | None = None
+        self.has_begun = False
+        """Whether the change that it asks for is on record as begun."""
         self._pipeline = pipeline
+        self._number = number
         self._request = request
         self._peer = peer
-        self._principal = principal
+
+    def identify(self) -> None:
+        """Raises `AuthFailedError` or `UnauthorizedError`; what is known of who asks is kept all the same."""
+        self.principal = self._pipeline.authenticator.authenticate(self._request.plane, self._request.token, self._peer)
+        authorize(self._pipeline.policy, self.principal, self._request)
 
     def permit(self) -> None:
-        self._pipeline.caller(self._request, self._peer)
+        self.identify()
+        trail = self._pipeline.trail
+        if trail is not None:
+            trail.begin(self._peer, self._number, self._request, self.principal)
+            self.has_begun = True
 
     def visible(self, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
-        return self._pipeline.visible(self._principal, groups)
+        principal, allows = self.principal, self._pipeline.policy.allows
+        if principal is None:
+            return []
+        return [group for group in groups if allows(principal, Operation.LIST_KEY_GROUPS, group.key_id, b"")]
 
 
 def log_bug(what: str, error: BaseException) -> None:
@@ -288,9 +321,9 @@ def log_bug(what: str, error: BaseException) -> None:
 
 def _record(served: Served) -> None:
     request, kind = served.request, served.kind
+    if isinstance(served.error, UnavailableError):
+        return  # that the audit log cannot be written is said once, not for each request
     group = getattr(request, "key_id", None)
-    if group is not None and len(group) > MAX_GROUP_NAME_BYTES:
-        group = group[:MAX_GROUP_NAME_BYTES] + "..."  # no group has such a name, and a line must not cost a frame
     log.info(
         "connection=%d request=%d transport=%s principal=%s operation=%s group=%r version=%s outcome=%s",
         served.peer.connection,
@@ -298,7 +331,7 @@ def _record(served: Served) -> None:
         served.peer.transport,
         "-" if served.principal is None else served.principal.name,
         "-" if kind is None else kind.operation.value,
-        group,
+        None if group is None else bounded_name(group),
         getattr(request, "version", "-"),
         "ok" if served.error is None else served.error.code,
     )

@@ -14,6 +14,7 @@ from msgspec import Struct
 
 from kms.core.policy import Principal
 from kms.errors import WireError
+from kms.limits import MAX_GROUP_NAME_BYTES
 from kms.wire.messages import Reply, Request
 
 
@@ -61,6 +62,11 @@ class Served(Struct, frozen=True, gc=False):
 
     def __repr__(self) -> str:
         return "<Served>"
+
+
+def bounded_name(name: str) -> str:
+    """A group's name as a request has it, cut where no group's is longer: a line of a log must not cost a frame."""
+    return name if len(name) <= MAX_GROUP_NAME_BYTES else f"{name[:MAX_GROUP_NAME_BYTES]}..."
 
 
 Observer = Callable[[Served], None]

@@ -1,0 +1,105 @@
+"""The audit log in the daemon: opened when one is to be kept, made durable, looked after, rotated and closed.
+
+Records of the data plane are written before their replies are sent, and made durable within AUDIT_SYNC_INTERVAL: a power
+cut may take those of the last second. A change of keys waits for the disk: nothing is saved before it is durably on record
+as begun.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Final
+
+import trio
+
+from kms.core.audit import AuditKeys
+from kms.core.keyring import Keyring, Mint
+from kms.errors import KmsError, UnavailableError
+from kms.keystore.audit_log import AuditLog
+from kms.limits import AUDIT_SYNC_INTERVAL
+from kms.server.actor import KeyringStore
+from kms.server.audit_trail import AuditTrail
+from kms.server.config import ServerConfig
+
+log: Final = logging.getLogger(__name__)
+
+
+class AuditKeeper:
+    """Keeps the audit log that `config` asks for; `log` and `trail` are None as long as none is kept."""
+
+    def __init__(self, config: ServerConfig, keys: AuditKeys) -> None:
+        """`keys` are not wiped here."""
+        self.log: AuditLog | None = None
+        self.trail: AuditTrail | None = None
+        self._config = config
+        self._keys = keys
+        self._trouble = ""
+
+    def open(self, generation: int, *, has_principals: bool) -> None:
+        """Open the log if one is to be kept and is not open yet. Blocking; raises what `AuditLog` raises.
+
+        `generation` is the keystore's.
+        """
+        config = self._config
+        if self.log is not None or not config.keeps_audit(has_principals=has_principals):
+            return
+        self.log = AuditLog(config.audit_log, self._keys, generation=generation, accept_rollback=config.accept_rollback)
+        self.trail = AuditTrail(self.log, config.audit_data)
+
+    async def run(self) -> None:
+        """Make durable what was written, and look after the file, until cancelled."""
+        while True:
+            await trio.sleep(AUDIT_SYNC_INTERVAL)
+            if self.log is not None:
+                await self._look_after(self.log)
+
+    async def _look_after(self, audit_log: AuditLog) -> None:
+        audit_log.check()
+        # What it raises is in `trouble` then.
+        with contextlib.suppress(UnavailableError):
+            await trio.to_thread.run_sync(audit_log.sync)
+        trouble = audit_log.trouble
+        if trouble and not self._trouble:
+            log.error("the audit log %s cannot be written: %s. Nothing is answered until it can", audit_log.path, trouble)
+        elif self._trouble and not trouble:
+            log.warning("the audit log %s can be written again", audit_log.path)
+        self._trouble = trouble
+
+    def reopen(self) -> None:
+        """Go on in a new file if the log was renamed. Blocks for as long as the disk takes to finish the old one."""
+        if self.log is None:
+            return
+        try:
+            if self.log.reopen():
+                log.info("the audit log goes on in a new file %s", self.log.path)
+        except KmsError as error:
+            log.error("the audit log was not reopened: %s", error)  # noqa: TRY400 - the message says it all
+
+    def close(self) -> None:
+        """Put on record that the server stops, and let go of the file."""
+        if self.log is not None:
+            self.log.close()
+            if self.log.trouble:
+                log.error("the audit log %s does not say that the server stopped: %s", self.log.path, self.log.trouble)
+
+
+class AuditedStore:
+    """A keyring store that saves nothing before what was begun is durably on record."""
+
+    def __init__(self, store: KeyringStore, keeper: AuditKeeper) -> None:
+        self._store = store
+        self._keeper = keeper
+
+    @property
+    def mint(self) -> Mint:
+        return self._store.mint
+
+    def save(self, keyring: Keyring) -> None:
+        """Raises `UnavailableError`, after which nothing was changed, or what the store raises."""
+        audit_log = self._keeper.log
+        if audit_log is not None:
+            audit_log.sync()
+        self._store.save(keyring)
+        if audit_log is not None:
+            audit_log.generation = keyring.generation

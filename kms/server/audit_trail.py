@@ -1,0 +1,225 @@
+"""Who did what, on record before anybody hears of it: between the pipeline and the audit log.
+
+- A change of keys is on record twice: `begun` when the actor takes it up, on disk before the keystore is saved, and its
+  outcome before the reply is sent. Between the two a crash may come, and then the first shows what may have happened.
+- What is answered at once (the data plane, lists, every refusal) is on record before the reply is sent: one write for all
+  replies of a turn.
+- No record, no answer: what cannot be put on record is answered `Unavailable`, Health alone as always. A change that has
+  been made by then is not taken back; its outcome is kept, and is the first thing in the log once that can be written.
+- Of the data plane everything is recorded, what was refused, or nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final, NamedTuple, Protocol
+
+from kms.core import ciphertext
+from kms.core.audit import OperationRecord
+from kms.core.policy import Operation, Plane, Principal
+from kms.errors import DecryptionFailedError, UnavailableError
+from kms.server.config import DataAudit
+from kms.server.handlers import group_of
+from kms.server.served import Peer, Served, bounded_name
+from kms.wire.messages import (
+    CiphertextReply,
+    CreateKeyGroup,
+    DataKeyReply,
+    Decrypt,
+    DestroyVersion,
+    DisableVersion,
+    EnableVersion,
+    Encrypt,
+    ErrorReply,
+    GenerateDataKey,
+    GroupRequest,
+    Health,
+    KeyGroupReply,
+    ListKeyGroups,
+    Ping,
+    ReEncrypt,
+    Reply,
+    Request,
+    RotateKeyGroup,
+    VersionRequest,
+    encode,
+)
+
+_HEALTH: Final = Operation.HEALTH
+_CONTROL: Final = Plane.CONTROL
+
+
+class Log(Protocol):
+    """The file; see `kms.keystore.audit_log.AuditLog`."""
+
+    @property
+    def is_failing(self) -> bool:
+        """Whether it can be written, as far as is known."""
+        ...
+
+    def write(self, records: Sequence[OperationRecord], *, keep: bool = False) -> None:
+        """Append all of them, or none, which raises `UnavailableError`; with `keep` they are written later then.
+
+        With no records it only tries anew whether a log that was failing can be written.
+        """
+        ...
+
+    def sync(self) -> None:
+        """Make what was written durable. From any thread. Raises `UnavailableError`."""
+        ...
+
+
+class AuditTrail:
+    """Makes records of what was served, and puts them into the log."""
+
+    def __init__(self, log: Log, data: DataAudit) -> None:
+        self._log = log
+        self._wants_all = data is DataAudit.ALL
+        self._wants_refused = data is not DataAudit.NONE
+
+    def check(self) -> None:
+        """Raise `UnavailableError` when nothing may be answered now, since it could not be put on record."""
+        if self._log.is_failing:
+            self._log.write(())
+
+    def begin(self, peer: Peer, number: int, request: Request, principal: Principal | None) -> None:
+        """Put on record that a change of keys is taken up; raises `UnavailableError`, and then it must not be."""
+        self._log.write(
+            [_record(Served(peer, number, request, type(request), principal, None, None, 0, request.request_id))]
+        )
+
+    def finish(self, served: Served) -> None:
+        """Put the outcome of a change on record, now or as soon as that can be done; raises `UnavailableError`."""
+        self._log.write([_record(served)], keep=True)
+
+    def write(self, batch: Sequence[Served]) -> None:
+        """Put those that are wanted on record; raises `UnavailableError`."""
+        records = [_record(served) for served in batch if self._wants_all or self._wants(served)]
+        if records:
+            self._log.write(records)
+
+    def _wants(self, served: Served) -> bool:
+        # What has no plane, as its type could not be told, is a refusal that both planes' rules want.
+        if served.kind is None or served.kind.plane is _CONTROL:
+            return True
+        return self._wants_refused and served.error is not None
+
+
+def _record(served: Served) -> OperationRecord:
+    peer, request, kind, error = served.peer, served.request, served.kind, served.error
+    pid, uid, _ = peer.credentials or (None, None, None)
+    key = _KEYS[type(request)](request, served.reply) if request is not None else _NO_KEY
+    return OperationRecord(
+        connection=peer.connection,
+        request=served.number,
+        request_id=served.request_id,
+        principal=None if served.principal is None else served.principal.name,
+        uid=uid,
+        pid=pid,
+        port=peer.port,
+        operation="-" if kind is None else _NAMES[kind],
+        group=key.group,
+        version=key.version,
+        from_group=key.from_group,
+        from_version=key.from_version,
+        outcome="refused" if error is not None else "begun" if served.reply is None else "ok",
+        error_code=None if error is None else error.code,
+    )
+
+
+class _Key(NamedTuple):
+    """The key of a request: the version that was used, else what the request claims; and the one that was moved from."""
+
+    group: str | None = None
+    version: int | None = None
+    from_group: str | None = None
+    from_version: int | None = None
+
+
+_NO_KEY: Final = _Key()
+
+
+def _key_of_encrypt(request: Encrypt, reply: CiphertextReply | None) -> _Key:
+    return _Key(bounded_name(group_of(request.key_id)), None if reply is None else ciphertext.version_of(reply.ciphertext))
+
+
+def _key_of_data_key(request: GenerateDataKey, reply: DataKeyReply | None) -> _Key:
+    version = None if reply is None else ciphertext.version_of(reply.wrapped_data_key)
+    return _Key(bounded_name(group_of(request.key_id)), version)
+
+
+def _key_of_decrypt(request: Decrypt, reply: Reply | None) -> _Key:
+    return _Key(*_claimed(request.ciphertext))
+
+
+def _key_of_re_encrypt(request: ReEncrypt, reply: CiphertextReply | None) -> _Key:
+    version = None if reply is None else ciphertext.version_of(reply.ciphertext)
+    return _Key(bounded_name(group_of(request.key_id)), version, *_claimed(request.ciphertext))
+
+
+def _claimed(blob: bytes) -> tuple[str | None, int | None]:
+    try:
+        return ciphertext.kek_id(blob)
+    except DecryptionFailedError:
+        return None, None
+
+
+def _key_of_group(request: GroupRequest, reply: KeyGroupReply | None) -> _Key:
+    return _Key(bounded_name(request.key_id), None if reply is None else reply.key_group.active_version)
+
+
+def _key_of_version(request: VersionRequest, reply: Reply | None) -> _Key:
+    return _Key(bounded_name(request.key_id), request.version)
+
+
+def _no_key(request: Request, reply: Reply | None) -> _Key:
+    return _NO_KEY
+
+
+_KEYS: Final[dict[type[Request], Callable[[Any, Any], _Key]]] = {
+    Health: _no_key,
+    Ping: _no_key,
+    GenerateDataKey: _key_of_data_key,
+    Encrypt: _key_of_encrypt,
+    Decrypt: _key_of_decrypt,
+    ReEncrypt: _key_of_re_encrypt,
+    CreateKeyGroup: _key_of_group,
+    RotateKeyGroup: _key_of_group,
+    ListKeyGroups: _no_key,
+    DisableVersion: _key_of_version,
+    EnableVersion: _key_of_version,
+    DestroyVersion: _key_of_version,
+}
+"""`Any`, since each takes the request and the reply of its own kind."""
+
+_NAMES: Final = {kind: kind.operation.value for kind in _KEYS}
+"""An enum's `value` takes 0.1 us."""
+
+
+class Turn:
+    """What one connection was answered and not yet sent: each reply line, and what has to be on record before it goes."""
+
+    __slots__ = ("replies",)
+
+    def __init__(self) -> None:
+        self.replies: list[tuple[bytes, Served | None]] = []
+
+    def add(self, reply: bytes, served: Served | None) -> None:
+        """`reply` is sent once `served` is on record; without it, whatever becomes of the others."""
+        self.replies.append((reply, served))
+
+    def commit(self, trail: AuditTrail | None) -> bytes | None:
+        """Put all on record: None when that is done, else what to send in the place of all replies since the last time."""
+        replies, self.replies = self.replies, []
+        try:
+            if trail is not None:
+                trail.write([served for _, served in replies if served is not None])
+        except UnavailableError as error:
+            return b"".join(_instead(reply, served, error) + b"\n" for reply, served in replies)
+        return None
+
+
+def _instead(reply: bytes, served: Served | None, error: UnavailableError) -> bytes:
+    if served is None or (served.kind is not None and served.kind.operation is _HEALTH):
+        return reply
+    return encode(ErrorReply(error.code, str(error), request_id=served.request_id))
