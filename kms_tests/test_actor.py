@@ -19,6 +19,7 @@ from kms.errors import (
     InvalidRequestError,
     SaveFailedError,
     SaveOutcomeUnknownError,
+    UnavailableError,
 )
 from kms.server.actor import KeyringActor
 
@@ -138,6 +139,17 @@ async def test_a_failed_save_leaves_the_old_keyring_and_the_next_mutation_tries_
             store.minted[-1].seal(b"", b"")
         store.failure = None
         assert (await actor.rotate_group("a", permitted)).active.version == 2
+
+
+async def test_what_cannot_be_put_on_record_is_not_saved_and_says_so() -> None:
+    store = Store()
+    async with running(store) as actor:
+        store.failure = UnavailableError("the audit log cannot be written")
+        with pytest.raises(UnavailableError, match="the audit log cannot be written"):
+            await actor.create_group("a", permitted)
+        assert actor.current is EMPTY
+        store.failure = None
+        await actor.create_group("a", permitted)
 
 
 async def test_a_save_of_unknown_outcome_stops_the_actor_and_answers_no_ok() -> None:

@@ -223,6 +223,13 @@ def test_nothing_that_is_not_on_record_is_answered(server: Audited) -> None:
     assert server.log.records == []
 
 
+def test_while_the_log_fails_nothing_is_answered_that_would_need_no_record_either() -> None:
+    server = Audited(DataAudit.NONE)
+    server.log.is_failing = True
+    assert server.ask("Encrypt", plaintext="")["errorCode"] == "Unavailable"
+    assert server.ask("Health")["status"] == "ok"
+
+
 def test_while_the_log_fails_nothing_is_done(server: Audited) -> None:
     server.log.is_failing = True
     before = server.manager.current

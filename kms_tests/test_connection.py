@@ -22,6 +22,8 @@ class Echo:
     def __init__(self) -> None:
         self.served: list[bytes] = []
         self.gate = trio.Event()
+        self.commits: list[int] = []
+        self.instead: bytes | None = None
 
     def serve(self, line: bytes) -> bytes | Later:
         self.served.append(line)
@@ -37,7 +39,8 @@ class Echo:
         return b"too large"
 
     def commit(self) -> bytes | None:
-        return None
+        self.commits.append(len(self.served))
+        return self.instead
 
 
 BOUNDS = ConnectionBounds(max_frame_bytes=100, idle_timeout=30, write_timeout=10)
@@ -79,6 +82,25 @@ async def test_replies_come_in_request_order_even_when_one_waits_for_the_disk(au
             pipeline.gate.set()
             await client.send_eof()
             assert await read_to_end(client) == b"slow:b\nc\n"
+
+
+async def test_nothing_is_sent_before_it_was_put_on_record(autojump_clock: MockClock) -> None:
+    pipeline = Echo()
+    with connected(pipeline) as (connection, client, _):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            for lines, replies, commits in (
+                (b"a\n", b"a\n", [1]),
+                (b"b\nc\n", b"b\nc\n", [1, 3]),
+            ):
+                await client.send_all(lines)
+                assert await client.receive_some() == replies
+                assert pipeline.commits == commits
+            pipeline.instead = b"not on record\n"
+            for lines in (b"d\n", b"e\nf\n", b"slow:g\n", b"x" * 101):
+                pipeline.gate.set()
+                await client.send_all(lines)
+                assert await client.receive_some() == pipeline.instead
 
 
 async def test_a_reply_that_the_socket_takes_only_in_parts_arrives_whole(autojump_clock: MockClock) -> None:

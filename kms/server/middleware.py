@@ -198,8 +198,6 @@ class Session:
         pipeline = self._pipeline
         caller = _Caller(pipeline, number, request, self._peer)
         try:
-            if pipeline.trail is not None:
-                pipeline.trail.check()
             caller.identify()
             reply = await pipeline.control_handlers[type(request)](request, caller)
         except Exception as error:
