@@ -30,7 +30,11 @@ TURN_REQUESTS: Final = 32
 MAX_REJECTIONS: Final = 100
 """Requests in a row without a right token, after which a connection is closed. Each costs a line in the log."""
 MAX_QUEUED_LINES: Final = 10_000
-"""Lines of the log that wait for whoever reads standard error: about a megabyte."""
+"""Lines of the log that wait for whoever reads standard error: about a megabyte, as JSON some more."""
+MAX_LOGGED_MESSAGE: Final = 3000
+MAX_LOGGED_VALUE: Final = 300
+"""Characters of one text in a JSON line. One character takes 12 bytes at the most, a line has some ten texts, of which
+clients choose two: together less than the 48 KiB of a line that journald takes (LineMax=). A group's name fits."""
 ACCEPT_BACKLOG: Final = 512
 GROUP_COMMIT_MAX: Final = 256
 """Mutations that share one save. As many as there are connections by default, so that no one waits for two saves."""

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from kms.errors import ConfigError
-from kms.server.config import data_directory, resolve
+from kms.server.config import data_directory, log_format, resolve
 
 HOME = {"HOME": "/home/nobody"}
 DATA = Path("/home/nobody/.mini-kms")
@@ -123,6 +123,16 @@ def test_a_value_out_of_its_range_is_refused_and_names_where_it_came_from(
     origin = next(iter(environ), None) or "--" + next(iter(flags)).replace("_", "-")
     with pytest.raises(ConfigError, match=origin):
         resolve(flags, {**HOME, **environ})
+
+
+def test_a_log_is_for_people_unless_it_is_asked_for_as_json() -> None:
+    assert log_format({}, HOME) == "human"
+    assert log_format({}, {"MINIKMS_LOG_FORMAT": "json"}) == "json"
+    assert log_format({"log_format": "human"}, {"MINIKMS_LOG_FORMAT": "json"}) == "human"
+    with pytest.raises(ConfigError, match=r"^--log-format: give human or json$"):
+        log_format({"log_format": "JSON"}, {})
+    with pytest.raises(ConfigError, match="MINIKMS_LOG_FORMAT: "):
+        log_format({}, {"MINIKMS_LOG_FORMAT": "xml"})
 
 
 def test_an_empty_variable_counts_as_not_set() -> None:

@@ -393,6 +393,21 @@ def test_control_operations_and_every_refusal_are_audited_without_a_secret(
         assert canary not in caplog.text
 
 
+def test_a_line_of_the_log_says_which_request_of_which_connection_it_is_and_what_its_client_calls_it(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    session = server.pipeline.session(PEER)
+    with caplog.at_level(logging.INFO):
+        session.serve(f'{{"type":"Health","token":"{API}"}}'.encode())
+        session.serve(f'{{"type":"Encrypt","token":"{API}","plaintext":"","keyId":"no","requestId":"a b"}}'.encode())
+        session.frame_too_large(10)
+    assert [record.getMessage() for record in caplog.records] == [
+        "connection=3 request=2 transport=unix principal=api operation=Encrypt group='no' version=-"
+        " outcome=InvalidRequest requestId='a b'",
+        "connection=3 request=3 transport=unix principal=- operation=- group=- version=- outcome=FrameTooLarge",
+    ]
+
+
 def test_a_ciphertext_that_would_not_fit_its_own_Decrypt_is_not_handed_out(server: Server) -> None:
     fits = 1
     for size in (785_900, 786_000, 786_200):

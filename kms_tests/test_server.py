@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -123,6 +124,24 @@ def test_a_daemon_that_cannot_start_is_one_line(
     monkeypatch.setattr(daemon, "run", run)
     assert main([]) == 75
     assert capsys.readouterr().err == "kms-server: error: the keystore is in use by process 1; stop it first\n"
+
+
+def test_once_JSON_is_asked_for_an_error_is_JSON_and_a_flag_that_is_none_is_for_people(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_LOG_FORMAT", "json")
+    assert main(["--tcp-port", "x"]) == 64
+    event = json.loads(capsys.readouterr().err)
+    assert (event["level"], event["logger"]) == ("ERROR", "kms-server")
+    assert event["message"].startswith("--tcp-port: ")
+    assert main(["--no-such-flag"]) == 64
+    assert capsys.readouterr().err.startswith("kms-server: error: ")
+
+
+def test_what_the_daemon_says_is_JSON_when_that_is_asked_for(started: list[Any], capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["--log-format", "json"]) == 7
+    event = json.loads(capfd.readouterr().err)
+    assert (event["level"], event["logger"], event["message"]) == ("INFO", "kms-server", "ready on\nsomething")
 
 
 def test_help_names_flags_and_environment(capsys: pytest.CaptureFixture[str]) -> None:

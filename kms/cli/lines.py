@@ -11,6 +11,7 @@ import contextlib
 import os
 import queue
 import threading
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -22,10 +23,10 @@ _CLOSE_SECONDS = 1.0
 class BackgroundLines:
     """Writes to a descriptor from a thread of its own. It has what `logging.StreamHandler` needs of a stream."""
 
-    def __init__(self, descriptor: int, program: str) -> None:
-        """`program` is who says that lines were dropped."""
+    def __init__(self, descriptor: int, line: Callable[[str], str]) -> None:
+        """`line` makes a line, with its end, of what this has to say itself: that lines were dropped."""
         self._descriptor = descriptor
-        self._program = program
+        self._line = line
         self._dropped = 0
         self._lines: queue.Queue[str | None] = queue.Queue(MAX_QUEUED_LINES)
         # A daemon: a write that nobody takes must not keep the process from ending.
@@ -55,7 +56,7 @@ class BackgroundLines:
         while (text := self._lines.get()) is not None:
             dropped, self._dropped = self._dropped, 0
             if dropped:
-                text = f"{self._program}: {dropped} lines were dropped, as nobody read standard error\n{text}"
+                text = self._line(f"{dropped} lines were dropped, as nobody read standard error") + text
             self._put(text.encode("utf-8", "backslashreplace"))
 
     def _put(self, data: bytes) -> None:

@@ -10,9 +10,9 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType, TracebackType
-from typing import Final
+from typing import Any, Final
 
 import rich_click as click
 from click.exceptions import Exit
@@ -80,43 +80,61 @@ def _raise_stopped(number: int, _frame: FrameType | None) -> None:
     raise StoppedError(number)
 
 
-def run(command: click.Command, program: str, arguments: Sequence[str] | None = None) -> int:
-    """Run `command` with `arguments` (those of the process by default) and return the exit status."""
+def run(
+    command: click.Command,
+    program: str,
+    arguments: Sequence[str] | None = None,
+    *,
+    obj: Any = None,
+    error_line: Callable[[str], str] | None = None,
+) -> int:
+    """Run `command` with `arguments` (those of the process by default) and return the exit status.
+
+    `obj` is what `click.pass_obj` passes. `error_line` makes the line, with its end, that says an error; without it that is
+    `PROGRAM: error: ...`.
+    """
+
+    def fail(message: str, status: int) -> int:
+        with contextlib.suppress(OSError):
+            line = error_line(message) if error_line else f"{program}: error: {one_line(message)}\n"
+            click.echo(line, nl=False, err=True)
+        return status
+
     if os.environ.get(f"_{program}_COMPLETE".replace("-", "_").upper()):
         # A shell asks for completions: click answers and exits.
         command.main(prog_name=program)
     try:
-        status = _invoke(command, program, sys.argv[1:] if arguments is None else list(arguments))
+        status = _invoke(command, program, sys.argv[1:] if arguments is None else list(arguments), obj)
     except KmsError as error:
         remedy = _REMEDIES.get(type(error))
         message = str(error)
-        return _fail(program, f"{message}; {remedy}" if remedy and ";" not in message else message, error.exit_code)
+        return fail(f"{message}; {remedy}" if remedy and ";" not in message else message, error.exit_code)
     except click.ClickException as error:
-        return _fail(program, f"{_usage_complaint(error)}; see {_path_of(error, program)} --help", EXIT_USAGE)
+        return fail(f"{_usage_complaint(error)}; see {_path_of(error, program)} --help", EXIT_USAGE)
     except click.Abort:
-        return _fail(program, "aborted; nothing was changed", EXIT_INTERRUPTED)
+        return fail("aborted; nothing was changed", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        return _fail(program, "interrupted; it was not finished", EXIT_INTERRUPTED)
+        return fail("interrupted; it was not finished", EXIT_INTERRUPTED)
     except StoppedError as stop:
-        return _fail(program, f"stopped by {signal.Signals(stop.number).name}; it was not finished", 128 + stop.number)
+        return fail(f"stopped by {signal.Signals(stop.number).name}; it was not finished", 128 + stop.number)
     except BrokenPipeError:
         _abandon_stdout()
         return EXIT_BROKEN_PIPE
     except OSError as error:
         _abandon_stdout()
-        return _fail(program, _system_complaint(error), EXIT_IO)
+        return fail(_system_complaint(error), EXIT_IO)
     except Exception as error:
         # The text of an exception nobody foresaw may hold anything, so only its kind and place are told.
         where = _place(error.__traceback__)
-        return _fail(program, f"internal error ({type(error).__name__} at {where}); please report it", EXIT_INTERNAL)
+        return fail(f"internal error ({type(error).__name__} at {where}); please report it", EXIT_INTERNAL)
     return status
 
 
-def _invoke(command: click.Command, program: str, arguments: list[str]) -> int:
+def _invoke(command: click.Command, program: str, arguments: list[str], obj: Any) -> int:
     # Not `command.main(standalone_mode=False)`: rich-click's exits by itself, with the status that here means "the
     # server refused", when the reader of standard output has gone.
     try:
-        with command.make_context(program, arguments) as context:
+        with command.make_context(program, arguments, obj=obj) as context:
             result = command.invoke(context)
     except Exit as end:
         result = end.exit_code
@@ -128,12 +146,6 @@ def _invoke(command: click.Command, program: str, arguments: list[str]) -> int:
 def one_line(text: str) -> str:
     """`text` with whatever is not printable escaped: it can neither add a line nor speak to the terminal."""
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
-
-
-def _fail(program: str, message: str, status: int) -> int:
-    with contextlib.suppress(OSError):
-        click.echo(f"{program}: error: {one_line(message)}", err=True)
-    return status
 
 
 def _usage_complaint(error: click.ClickException) -> str:

@@ -9,18 +9,20 @@ import logging
 import os
 import signal
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Final
 
 import rich_click as click
 
 from kms.cli.lines import BackgroundLines
+from kms.cli.logs import Voice
 from kms.cli.options import ADMIN, API, PATH, Plane, epilog, version_option
 from kms.cli.prompt import obtain
-from kms.cli.run import one_line, run, stop_signals_raise
+from kms.cli.run import run, stop_signals_raise
 from kms.core.secret import Secret
 from kms.errors import ConfigError
 from kms.host.hardening import forbid_dumps
-from kms.server.config import ServerConfig, resolve
+from kms.server.config import LOG_FORMATS, ServerConfig, log_format, resolve
 
 PROGRAM: Final = "kms-server"
 _STANDARD_ERROR: Final = 2
@@ -67,13 +69,17 @@ _STANDARD_ERROR: Final = 2
 @click.option(
     "--accept-rollback", is_flag=True, help="Start although the keystore is older than the audit log: one put back."
 )
+@click.option(
+    "--log-format", metavar="|".join(LOG_FORMATS), help="Of what is said on standard error. [MINIKMS_LOG_FORMAT or human]"
+)
 @click.option("--max-frame-bytes", metavar="N", help="Longest request line. [MINIKMS_MAX_FRAME_BYTES or 1048576]")
 @click.option("--idle-timeout-ms", metavar="N", help="Until an idle client is cut off. [MINIKMS_IDLE_TIMEOUT_MS or 30000]")
 @click.option("--max-connections", metavar="N", help="Over both listeners. [MINIKMS_MAX_CONNECTIONS or 256]")
 @click.option("--no-tcp", is_flag=True, help="Do not listen on TCP.")
 @click.option("--no-unix", is_flag=True, help="Do not listen on a Unix socket.")
 @version_option
-def command(**flags: Any) -> int:
+@click.pass_obj
+def command(voice: Voice, /, **flags: Any) -> int:
     """Serve keys on loopback TCP and a Unix socket until SIGINT or SIGTERM.
 
     SIGHUP reads the file of principals again; what cannot be used changes nothing. It also begins a new audit log where
@@ -83,10 +89,13 @@ def command(**flags: Any) -> int:
     MINIKMS_ADMIN_TOKEN win over the files; what neither gives is asked for. <data> is $XDG_DATA_HOME/mini-kms or
     ~/.mini-kms; kms-admin init fills it.
     """
+    voice.use(log_format(flags, os.environ))
     config = resolve(flags, os.environ)
     with contextlib.ExitStack() as secrets:
-        lines = secrets.enter_context(BackgroundLines(_STANDARD_ERROR, PROGRAM))
-        logging.basicConfig(stream=lines, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+        lines = secrets.enter_context(BackgroundLines(_STANDARD_ERROR, partial(voice.line, logging.WARNING)))
+        handler = logging.StreamHandler(lines)
+        handler.setFormatter(voice.formatter)
+        logging.basicConfig(handlers=[handler], level=logging.INFO)
         # Only until the daemon runs: it has its own way to stop.
         with stop_signals_raise():
             api, admin, passphrase = _secrets(config, secrets)
@@ -101,7 +110,7 @@ def command(**flags: Any) -> int:
             api,
             admin,
             parameters=KdfParameters(),
-            say=lambda line: lines.write(f"{PROGRAM}: {one_line(line)}\n"),
+            say=lambda text: lines.write(voice.line(logging.INFO, text)),
         )
 
 
@@ -130,4 +139,5 @@ def _digest(token: Secret) -> bytes:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `kms-server` and return its exit status (the README lists them)."""
     forbid_dumps()
-    return run(command, PROGRAM, arguments)
+    voice = Voice(PROGRAM)
+    return run(command, PROGRAM, arguments, obj=voice, error_line=partial(voice.line, logging.ERROR))

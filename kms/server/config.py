@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import grp
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from kms import limits
 from kms.errors import ConfigError
-
-E = TypeVar("E", bound=StrEnum)
 
 ENVIRONMENT: Final = {
     "tcp_port": "MINIKMS_TCP_PORT",
@@ -28,8 +26,12 @@ ENVIRONMENT: Final = {
     "max_frame_bytes": "MINIKMS_MAX_FRAME_BYTES",
     "idle_timeout_ms": "MINIKMS_IDLE_TIMEOUT_MS",
     "max_connections": "MINIKMS_MAX_CONNECTIONS",
+    "log_format": "MINIKMS_LOG_FORMAT",
 }
 """Which environment variable stands in for which flag."""
+
+LOG_FORMATS: Final = ("human", "json")
+"""The first is the default."""
 
 
 class DataAudit(StrEnum):
@@ -109,7 +111,7 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         audit_log=audit_log or data / "audit.log",
         audit_log_named=audit_log is not None,
         no_audit=no_audit,
-        audit_data=source.choice("audit_data", DataAudit, DataAudit.ALL),
+        audit_data=DataAudit(source.choice("audit_data", tuple(DataAudit))),
         accept_rollback=bool(flags.get("accept_rollback")),
         max_frame_bytes=source.number(
             "max_frame_bytes", limits.MAX_FRAME_BYTES, limits.MIN_FRAME_BYTES, limits.MAX_FRAME_BYTES_CEILING
@@ -117,6 +119,11 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         idle_timeout=source.number("idle_timeout_ms", int(limits.IDLE_TIMEOUT * 1000), 1, 24 * 3600 * 1000) / 1000,
         max_connections=source.number("max_connections", limits.MAX_CONNECTIONS, 1, limits.MAX_CONNECTIONS_CEILING),
     )
+
+
+def log_format(flags: Mapping[str, Any], environ: Mapping[str, str]) -> str:
+    """Which of `LOG_FORMATS` is asked for; raises `ConfigError`. Apart from the rest, whose errors are said in it."""
+    return _Source(flags, environ).choice("log_format", LOG_FORMATS)
 
 
 class _Source:
@@ -146,14 +153,13 @@ class _Source:
             raise ConfigError(f"{origin}: {number} is outside {low}..{high}")
         return number
 
-    def choice(self, name: str, choices: type[E], default: E) -> E:
+    def choice(self, name: str, choices: Sequence[str]) -> str:
         value, origin = self._find(name)
         if value is None:
-            return default
-        try:
-            return choices(value)
-        except ValueError:
-            raise ConfigError(f"{origin}: give one of {', '.join(choices)}") from None
+            return choices[0]
+        if value not in choices:
+            raise ConfigError(f"{origin}: give {' or '.join(choices)}")
+        return str(value)
 
     def path(self, name: str, default: Path) -> Path:
         return self.optional_path(name, default) or default

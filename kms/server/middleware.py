@@ -30,6 +30,7 @@ from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnauthorizedError, UnavailableError, WireError
 from kms.server.audit_trail import AuditTrail, Turn
+from kms.server.event import Event
 from kms.server.handlers import Handlers, group_of
 from kms.server.served import Observer, Peer, Served, bounded_name
 from kms.wire.messages import (
@@ -322,14 +323,16 @@ def _record(served: Served) -> None:
     if isinstance(served.error, UnavailableError):
         return  # that the audit log cannot be written is said once, not for each request
     group = getattr(request, "key_id", None)
-    log.info(
-        "connection=%d request=%d transport=%s principal=%s operation=%s group=%r version=%s outcome=%s",
-        served.peer.connection,
-        served.number,
-        served.peer.transport,
-        "-" if served.principal is None else served.principal.name,
-        "-" if kind is None else kind.operation.value,
-        None if group is None else bounded_name(group),
-        getattr(request, "version", "-"),
-        "ok" if served.error is None else served.error.code,
-    )
+    fields: dict[str, str | int | None] = {
+        "connection": served.peer.connection,
+        "request": served.number,
+        "transport": served.peer.transport,
+        "principal": None if served.principal is None else served.principal.name,
+        "operation": None if kind is None else kind.operation.value,
+        "group": None if group is None else bounded_name(group),
+        "version": getattr(request, "version", None),
+        "outcome": "ok" if served.error is None else served.error.code,
+    }
+    if served.request_id is not None:
+        fields["requestId"] = served.request_id
+    log.info(Event(fields))

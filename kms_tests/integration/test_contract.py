@@ -68,6 +68,7 @@ def elsewhere(machine: Machine, name: str, token: bytes) -> dict[str, str]:
         "max_frame_bytes": "2048",
         "idle_timeout_ms": "600",
         "max_connections": "2",
+        "log_format": "json",
     }
 
 
@@ -93,6 +94,7 @@ def observe(machine: Machine, flags: dict[str, str], environment: dict[str, str 
         assert second.is_at_end()
         assert time.monotonic() - start < DEADLINE / 2
     assert server.stop() == 0
+    assert all(line.startswith('{"time"') for line in server.stderr.splitlines())
 
 
 def test_each_variable_of_the_environment_goes_before_its_default(machine: Machine) -> None:
@@ -151,6 +153,7 @@ def test_a_secret_that_nothing_gives_is_asked_for_and_without_a_terminal_refused
         ("--max-frame-bytes", "10"),
         ("--idle-timeout-ms", "0"),
         ("--max-connections", "-1"),
+        ("--log-format", "xml"),
         ("--unix-socket", "/tmp/" + "x" * 103),
     ],
 )

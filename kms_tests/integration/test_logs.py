@@ -1,0 +1,92 @@
+"""What a real server writes to standard error, when programs are to read it."""
+
+from __future__ import annotations
+
+import json
+import signal
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from kms_tests.integration.processes import Machine, Server, eventually
+
+
+def lines_of(text: str) -> list[dict[str, Any]]:
+    """The events of a log of which every line has to be a JSON object."""
+    events = [json.loads(line) for line in text.splitlines()]
+    assert all(isinstance(event, dict) for event in events), text
+    for event in events:
+        assert abs(datetime.now(UTC) - datetime.fromisoformat(event["time"])) < timedelta(minutes=1)
+        assert {"level", "logger", "message"} < event.keys()
+    return events
+
+
+def reload(server: Server) -> None:
+    server.process.send_signal(signal.SIGHUP)
+
+
+def test_every_line_of_a_servers_life_is_one_JSON_object(machine: Machine) -> None:
+    principals = machine.data / "principals.toml"
+    principals.write_text("[principals.billing]\nuids = [4242]\n", encoding="ascii")
+    principals.chmod(0o600)
+    server = machine.start("--log-format", "json")
+    hostile = "x\n\x1b[2J\u2028' outcome=ok"
+    with server.unix() as wire:
+        wire.ask(type="RotateKeyGroup", token=machine.admin_token, keyId="default", requestId="nightly 7")
+        wire.ask(type="Encrypt", token="wrong", plaintext="", keyId=hostile)
+        wire.ask(type="Encrypt", token=machine.api_token, plaintext="", keyId="x" * 1_000_000)
+        wire.ask(type="DisableVersion", token=machine.admin_token, keyId="default", version=2)
+        wire.sock.sendall(b"no JSON\n")
+        wire.reply()
+    reload(server)
+    eventually("it has reloaded", lambda: "reloaded: " in server.stderr)
+    principals.write_text("[principals.billing]\nlines = [\n", encoding="ascii")
+    reload(server)
+    eventually("it has refused to", lambda: "not reloaded" in server.stderr)
+    assert server.stop() == 0
+
+    events = lines_of(server.stderr)
+    said = [event["message"] for event in events if event["logger"] == "kms-server"]
+    assert [text.split()[0] for text in said] == ["memory", "principals", "ready", "stopping"]
+    kept = ("request", "principal", "operation", "group", "version", "outcome", "requestId")
+    audited = [event for event in events if event["logger"] == "kms.audit"]
+    assert [tuple(event.get(name) for name in kept) for event in audited] == [
+        (1, "admin", "RotateKeyGroup", "default", None, "ok", "nightly 7"),
+        (2, None, "Encrypt", hostile, None, "AuthFailed", None),
+        (3, "api", "Encrypt", audited[2]["group"], None, "InvalidRequest", None),
+        (4, "admin", "DisableVersion", "default", 2, "InvalidRequest", None),
+        (5, None, None, None, None, "InvalidRequest", None),
+    ]
+    assert len({event["connection"] for event in audited}) == 1
+    assert {event["transport"] for event in audited} == {"unix"}
+    assert max(map(len, server.stderr.splitlines())) < 5000
+
+
+def test_the_line_with_which_a_start_fails_is_JSON_too(machine: Machine, server: Server) -> None:
+    for flags, environment, status, words in (
+        (["--unix-socket", str(machine.data / "second.sock")], {}, 75, str(server.pid)),
+        ([], {"MINIKMS_PASSPHRASE": None}, 64, "MINIKMS_PASSPHRASE"),
+        (["--max-connections", "x"], {}, 64, "--max-connections"),
+    ):
+        refused = machine.refused_start(*flags, environment={"MINIKMS_LOG_FORMAT": "json", **environment})
+        assert refused.status == status
+        (event,) = lines_of(refused.stderr)
+        assert (event["level"], event["logger"]) == ("ERROR", "kms-server")
+        assert words in event["message"]
+
+
+def test_a_first_run_is_said_as_JSON_too(machine: Machine) -> None:
+    machine.keystore.unlink()
+    server = machine.start("--log-format=json")
+    first, *_ = lines_of(server.stderr)
+    assert first["message"].startswith("making a new keystore at ")
+    assert server.stop() == 0
+
+
+def test_people_get_lines_of_names_and_values(machine: Machine, server: Server) -> None:
+    with server.unix() as wire:
+        wire.ask(type="RotateKeyGroup", token=machine.admin_token, keyId="default", requestId="nightly 7")
+    line = next(line for line in server.stderr.splitlines() if "RotateKeyGroup" in line)
+    assert line.endswith(
+        " INFO kms.audit: connection=1 request=1 transport=unix principal=admin operation=RotateKeyGroup"
+        " group='default' version=- outcome=ok requestId='nightly 7'"
+    )
