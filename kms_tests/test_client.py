@@ -34,18 +34,20 @@ class FakeClient:
     failure: BaseException | None = None
     addresses: list[Any]
     tokens: list[bytes]
+    request_ids: list[str | None]
 
     @classmethod
-    def connect_unix(cls, path: Path, *, token: Any) -> Self:
-        return cls._connect(path, token)
+    def connect_unix(cls, path: Path, *, token: Any, request_id: str | None) -> Self:
+        return cls._connect(path, token, request_id)
 
     @classmethod
-    def connect_tcp(cls, host: str, port: int, *, token: Any) -> Self:
-        return cls._connect((host, port), token)
+    def connect_tcp(cls, host: str, port: int, *, token: Any, request_id: str | None) -> Self:
+        return cls._connect((host, port), token, request_id)
 
     @classmethod
-    def _connect(cls, address: Any, token: Any) -> Self:
+    def _connect(cls, address: Any, token: Any, request_id: str | None) -> Self:
         cls.addresses.append(address)
+        cls.request_ids.append(request_id)
         with token.view() as view:
             cls.tokens.append(bytes(view))
         return cls()
@@ -73,7 +75,7 @@ class FakeClient:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch, data: Path) -> type[FakeClient]:
-    fake = type("Fake", (FakeClient,), {"addresses": [], "tokens": []})
+    fake = type("Fake", (FakeClient,), {"addresses": [], "tokens": [], "request_ids": []})
     monkeypatch.setattr(blocking, "KmsClient", fake)
     for name in [name for name in os.environ if name.startswith("MINIKMS_")]:
         monkeypatch.delenv(name)
@@ -102,6 +104,12 @@ def error_line(capsys: pytest.CaptureFixture[str]) -> str:
     assert seen.err.startswith("kms-client: error: ")
     assert "Traceback" not in seen.err
     return seen.err
+
+
+def test_a_requestId_goes_with_what_is_asked(fake: type[FakeClient]) -> None:
+    assert main(["health"]) == 0
+    assert main(["--request-id", "nightly 7", "--tcp", "127.0.0.1:1", "health"]) == 0
+    assert fake.request_ids == [None, "nightly 7"]
 
 
 # The exit statuses, row by row.

@@ -139,6 +139,37 @@ def test_a_reply_that_is_none_is_a_protocol_error(reply: bytes) -> None:
     assert "hidden" not in str(caught.value)
 
 
+def test_all_requests_of_a_client_have_the_requestId_it_was_given() -> None:
+    named = Requests(TOKEN, "nightly 7")
+    assert {decode_request(call.line).request_id for call in (named.health(), named.list_key_groups())} == {"nightly 7"}
+    assert decode_request(REQUESTS.health().line).request_id is None
+
+
+@pytest.mark.parametrize("request_id", ["", "x" * 65, "a\nb", "\ud800"])
+def test_a_requestId_that_no_server_takes_is_refused_before_it_is_sent(request_id: str) -> None:
+    with pytest.raises(ConfigError, match="requestId"):
+        Requests(TOKEN, request_id)
+
+
+@pytest.mark.parametrize("requests", [REQUESTS, Requests(TOKEN, "mine")])
+@pytest.mark.parametrize(
+    "reply",
+    [
+        b'{"status":"ok","detail":"ok","requestId":"another\'s"}',
+        b'{"status":"error","errorCode":"Unauthorized","message":"no","requestId":"another\'s"}',
+    ],
+)
+def test_a_reply_to_another_request_is_a_protocol_error(requests: Requests, reply: bytes) -> None:
+    with pytest.raises(ProtocolError, match="another request"):
+        requests.health().read(reply)
+
+
+def test_a_server_that_knows_of_no_requestId_need_not_repeat_it() -> None:
+    call = Requests(TOKEN, "mine").health()
+    assert call.read(detail("ok")) == "ok"
+    assert call.read(b'{"status":"ok","detail":"ok","requestId":"mine"}') == "ok"
+
+
 @given(st.lists(st.integers(1, 40), max_size=30), st.integers(1, 40))
 def test_replies_split_anywhere_match_their_requests_in_order(cuts: list[int], depth: int) -> None:
     exchange = Exchange((REQUESTS.health() for _ in range(20)), depth=depth)

@@ -23,6 +23,7 @@ from kms.cli.options import (
     examples,
     json_option,
     no_token_option,
+    request_id_option,
     utf8,
     version_option,
 )
@@ -74,6 +75,7 @@ _passphrase_file = click.option(
     "--admin-token-file", type=PATH, metavar="PATH", help="Admin token. [MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]"
 )
 @no_token_option
+@request_id_option
 @json_option
 @version_option
 @click.pass_context
@@ -82,6 +84,7 @@ def command(
     tcp: str | None,
     unix: str | None,
     admin_token_file: str | None,
+    request_id: str | None,
     *,
     no_token: bool,
     as_json: bool,
@@ -91,7 +94,7 @@ def command(
     The admin token comes from MINIKMS_ADMIN_TOKEN, else from its file, else you are asked for it. The server is found
     at its Unix socket if that exists, else at 127.0.0.1:9123.
     """
-    context.obj = Settings(tcp, unix, admin_token_file, as_json, no_token)
+    context.obj = Settings(tcp, unix, admin_token_file, as_json, no_token, request_id)
 
 
 @command.command("list-keys", epilog=examples("kms-admin list-keys | grep ACTIVE"))

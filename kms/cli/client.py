@@ -22,6 +22,7 @@ from kms.cli.options import (
     json_option,
     no_token_option,
     read_bounded,
+    request_id_option,
     stream_or_path,
     utf8,
     version_option,
@@ -57,18 +58,26 @@ _aad = click.option(
 @address_options
 @click.option("--token-file", type=PATH, metavar="PATH", help="API token. [MINIKMS_API_TOKEN_FILE or <data>/api.token]")
 @no_token_option
+@request_id_option
 @json_option
 @version_option
 @click.pass_context
 def command(
-    context: click.Context, tcp: str | None, unix: str | None, token_file: str | None, *, no_token: bool, as_json: bool
+    context: click.Context,
+    tcp: str | None,
+    unix: str | None,
+    token_file: str | None,
+    request_id: str | None,
+    *,
+    no_token: bool,
+    as_json: bool,
 ) -> None:
     """Encrypt and decrypt with keys that never leave the server.
 
     The token comes from MINIKMS_API_TOKEN, else from its file, else you are asked for it. The server is found at its
     Unix socket if that exists, else at 127.0.0.1:9123.
     """
-    context.obj = Settings(tcp, unix, token_file, as_json, no_token)
+    context.obj = Settings(tcp, unix, token_file, as_json, no_token, request_id)
 
 
 @command.command(epilog=examples("kms-client health && echo up"))
@@ -117,7 +126,7 @@ def encrypt(settings: Settings, source: str | None, text: str | None, target: st
         raise ConfigError("give exactly one of --in and --text")
     context = _context(aad, key)
     with connected(settings, API) as (client, token):
-        limit = _plaintext_limit(key, context, len(token))
+        limit = _plaintext_limit(key, context, settings.request_id, len(token))
         if source is not None:
             plaintext = read_bounded(stream_or_path(source), limit, "use encrypt-file")
         else:
@@ -228,10 +237,10 @@ def _say_written(settings: Settings, path: Path | None) -> None:
         render.document(out=str(path))
 
 
-def _plaintext_limit(key: str | None, aad: bytes, token_bytes: int) -> int:
+def _plaintext_limit(key: str | None, aad: bytes, request_id: str | None, token_bytes: int) -> int:
     from kms.wire.messages import Encrypt, encode
 
-    others = len(encode(Encrypt(plaintext=b"", key_id=key, aad=aad))) + token_bytes
+    others = len(encode(Encrypt(plaintext=b"", key_id=key, aad=aad, request_id=request_id))) + token_bytes
     return max(0, MAX_FRAME_BYTES - others) // 4 * 3
 
 

@@ -38,6 +38,7 @@ class Settings:
     token_file: str | None
     json: bool
     no_token: bool = False
+    request_id: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,13 @@ def address_options(command: F) -> F:
 def no_token_option(command: F) -> F:
     """`--no-token`."""
     return click.option("--no-token", is_flag=True, help="Be known by your user id; over a Unix socket only.")(command)
+
+
+def request_id_option(command: F) -> F:
+    """`--request-id`."""
+    return click.option(
+        "--request-id", metavar="ID", help="What the server's logs call this: at most 64 printable characters."
+    )(command)
 
 
 def json_option(command: F) -> F:
@@ -168,9 +176,9 @@ def connected(settings: Settings, plane: Plane) -> Iterator[tuple[KmsClient, Sec
         raise ConfigError(f"--no-token and {plane.option} exclude each other; give one")
     with _no_token() if settings.no_token else _token_of(settings, plane) as token:
         if address.unix is not None:
-            client = KmsClient.connect_unix(address.unix, token=token)
+            client = KmsClient.connect_unix(address.unix, token=token, request_id=settings.request_id)
         else:
-            client = KmsClient.connect_tcp(address.host, address.port, token=token)
+            client = KmsClient.connect_tcp(address.host, address.port, token=token, request_id=settings.request_id)
         with client:
             yield client, token
 

@@ -21,13 +21,21 @@ from kms.wire.messages import KeyGroupView
 class AsyncKmsClient:
     """One connection to a server, for any number of tasks, which take turns. Make it with `connect_unix` or `connect_tcp`.
 
-    Errors, bytes and `key_id` are as for `KmsClient`. A call that is cancelled in the middle of its exchange closes the
-    connection, as its reply may still come and would be taken for that of the next.
+    Errors, bytes, `key_id` and `request_id` are as for `KmsClient`. A call that is cancelled in the middle of its exchange
+    closes the connection, as its reply may still come and would be taken for that of the next.
     """
 
-    def __init__(self, link: socket.socket, address: str, *, token: Token, timeout: float = REPLY_TIMEOUT) -> None:
+    def __init__(
+        self,
+        link: socket.socket,
+        address: str,
+        *,
+        token: Token,
+        timeout: float = REPLY_TIMEOUT,
+        request_id: str | None = None,
+    ) -> None:
         """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds."""
-        self._requests = Requests(token)
+        self._requests = Requests(token, request_id)
         self._address = address
         self._timeout = timeout
         self._lock = trio.Lock()
@@ -41,12 +49,13 @@ class AsyncKmsClient:
         *,
         token: Token = "",
         timeout: float = REPLY_TIMEOUT,  # noqa: ASYNC109 (it is for each reply, not for this call)
+        request_id: str | None = None,
     ) -> Self:
         """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
 
         Without a token the server may know this process by its user id.
         """
-        return await cls._connect(partial(trio.open_unix_socket, path), str(path), token, timeout)
+        return await cls._connect(partial(trio.open_unix_socket, path), str(path), token, timeout, request_id)
 
     @classmethod
     async def connect_tcp(
@@ -56,13 +65,20 @@ class AsyncKmsClient:
         *,
         token: Token,
         timeout: float = REPLY_TIMEOUT,  # noqa: ASYNC109 (it is for each reply, not for this call)
+        request_id: str | None = None,
     ) -> Self:
         """Connect over TCP. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
-        return await cls._connect(partial(trio.open_tcp_stream, host, port), f"{host}:{port}", token, timeout)
+        opened = partial(trio.open_tcp_stream, host, port)
+        return await cls._connect(opened, f"{host}:{port}", token, timeout, request_id)
 
     @classmethod
     async def _connect(
-        cls, opened: Callable[[], Awaitable[trio.SocketStream]], address: str, token: Token, reply_timeout: float
+        cls,
+        opened: Callable[[], Awaitable[trio.SocketStream]],
+        address: str,
+        token: Token,
+        reply_timeout: float,
+        request_id: str | None,
     ) -> Self:
         connect_timeout = min(reply_timeout, CONNECT_TIMEOUT)
         try:
@@ -74,7 +90,7 @@ class AsyncKmsClient:
             raise ServerUnreachableError(silent(address, connect_timeout)) from None
         link = socket.socket(fileno=stream.socket.detach())
         try:
-            return cls(link, address, token=token, timeout=reply_timeout)
+            return cls(link, address, token=token, timeout=reply_timeout, request_id=request_id)
         except BaseException:
             link.close()
             raise

@@ -25,12 +25,21 @@ class KmsClient:
     for a reply that is none. After the last two, and after `FrameTooLargeError`, the client is closed.
 
     Plaintexts, ciphertexts and `aad` are raw bytes. `aad` is authenticated, not stored: decryption needs the same.
-    A `key_id` of None is the group `default`.
+    A `key_id` of None is the group `default`. `request_id`, 1 to 64 printable characters, is what all that the client asks
+    for is called in the server's logs.
     """
 
-    def __init__(self, link: socket.socket, address: str, *, token: Token, timeout: float = REPLY_TIMEOUT) -> None:
+    def __init__(
+        self,
+        link: socket.socket,
+        address: str,
+        *,
+        token: Token,
+        timeout: float = REPLY_TIMEOUT,
+        request_id: str | None = None,
+    ) -> None:
         """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds."""
-        self._requests = Requests(token)
+        self._requests = Requests(token, request_id)
         self._address = address
         self._timeout = timeout
         self._lock = threading.Lock()
@@ -40,7 +49,14 @@ class KmsClient:
         self._link: socket.socket | None = link
 
     @classmethod
-    def connect_unix(cls, path: str | os.PathLike[str], *, token: Token = "", timeout: float = REPLY_TIMEOUT) -> Self:
+    def connect_unix(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        token: Token = "",
+        timeout: float = REPLY_TIMEOUT,
+        request_id: str | None = None,
+    ) -> Self:
         """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
 
         Without a token the server may know this process by its user id.
@@ -49,7 +65,7 @@ class KmsClient:
         try:
             link.settimeout(min(timeout, CONNECT_TIMEOUT))
             link.connect(os.fspath(path))
-            return cls(link, str(path), token=token, timeout=timeout)
+            return cls(link, str(path), token=token, timeout=timeout, request_id=request_id)
         except OSError as error:
             link.close()
             raise ServerUnreachableError(refused(str(path), error)) from error
@@ -59,7 +75,13 @@ class KmsClient:
 
     @classmethod
     def connect_tcp(
-        cls, host: str = DEFAULT_TCP_HOST, port: int = DEFAULT_TCP_PORT, *, token: Token, timeout: float = REPLY_TIMEOUT
+        cls,
+        host: str = DEFAULT_TCP_HOST,
+        port: int = DEFAULT_TCP_PORT,
+        *,
+        token: Token,
+        timeout: float = REPLY_TIMEOUT,
+        request_id: str | None = None,
     ) -> Self:
         """Connect over TCP. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
         address = f"{host}:{port}"
@@ -69,7 +91,7 @@ class KmsClient:
             raise ServerUnreachableError(refused(address, error)) from error
         try:
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return cls(link, address, token=token, timeout=timeout)
+            return cls(link, address, token=token, timeout=timeout, request_id=request_id)
         except BaseException:
             link.close()
             raise

@@ -7,7 +7,8 @@ so an `Exchange` holds the calls under way in a queue and gives each reply to th
 - A call that is refused stops new calls; the replies still outstanding are awaited, so that the connection stays
   usable, and then the first refusal is raised.
 - FrameTooLarge is the last thing a server says: the exchange ends there, and with it the connection.
-- A reply nobody asked for, too long, or of the wrong form is a `ProtocolError`: nothing after it can be attributed.
+- A reply nobody asked for, too long, of the wrong form, or that names another request is a `ProtocolError`: nothing
+  after it can be attributed.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Generic, TypeVar
 
 import msgspec
@@ -24,6 +26,7 @@ from kms.errors import ConfigError, FrameTooLargeError, InvalidRequestError, Kms
 from kms.limits import MAX_REPLY_BYTES, PIPELINE_DEPTH, READ_BYTES
 from kms.wire.framing import Framer
 from kms.wire.messages import (
+    REQUEST_ID_RULE,
     CiphertextReply,
     CreateKeyGroup,
     DataKeyReply,
@@ -46,6 +49,7 @@ from kms.wire.messages import (
     Request,
     RotateKeyGroup,
     encode,
+    is_request_id,
 )
 
 R = TypeVar("R", bound=Reply)
@@ -76,10 +80,16 @@ class Call(Generic[T]):
 class Requests:
     """Makes the calls of one client; holds its token, and shows it nowhere."""
 
-    __slots__ = ("_token",)
+    __slots__ = ("_request_id", "_token")
 
-    def __init__(self, token: Token) -> None:
-        """Raises `ConfigError` when the token is not UTF-8, as JSON cannot carry it then. A `Secret` stays the caller's."""
+    def __init__(self, token: Token, request_id: str | None = None) -> None:
+        """`request_id` is what all of them are called in the server's logs. A `Secret` stays the caller's.
+
+        Raises `ConfigError` when the token is not UTF-8, as JSON cannot carry it then, or for a `request_id` that is none.
+        """
+        if request_id is not None and not is_request_id(request_id):
+            raise ConfigError(REQUEST_ID_RULE)
+        self._request_id = request_id
         try:
             if isinstance(token, str):
                 token.encode("utf-8")
@@ -96,39 +106,47 @@ class Requests:
         return "<Requests>"
 
     def health(self) -> Call[str]:
-        return _call(Health(token=self._token), _detail)
+        return self._call(Health(), _detail)
 
     def generate_data_key(self, key_id: str | None, aad: bytes) -> Call[DataKey]:
-        return _call(GenerateDataKey(token=self._token, key_id=key_id, aad=aad or None), _data_key)
+        return self._call(GenerateDataKey(key_id=key_id, aad=aad or None), _data_key)
 
     def encrypt(self, plaintext: bytes, key_id: str | None, aad: bytes) -> Call[bytes]:
-        request = Encrypt(token=self._token, plaintext=plaintext, key_id=key_id, aad=aad or None)
-        return _call(request, _ciphertext)
+        request = Encrypt(plaintext=plaintext, key_id=key_id, aad=aad or None)
+        return self._call(request, _ciphertext)
 
     def decrypt(self, ciphertext: bytes, aad: bytes) -> Call[bytes]:
-        return _call(Decrypt(token=self._token, ciphertext=ciphertext, aad=aad or None), _plaintext)
+        return self._call(Decrypt(ciphertext=ciphertext, aad=aad or None), _plaintext)
 
     def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes) -> Call[bytes]:
-        request = ReEncrypt(token=self._token, ciphertext=ciphertext, key_id=key_id, aad=aad or None)
-        return _call(request, _ciphertext)
+        request = ReEncrypt(ciphertext=ciphertext, key_id=key_id, aad=aad or None)
+        return self._call(request, _ciphertext)
 
     def create_key_group(self, key_id: str) -> Call[KeyGroupView]:
-        return _call(CreateKeyGroup(token=self._token, key_id=key_id), _key_group)
+        return self._call(CreateKeyGroup(key_id=key_id), _key_group)
 
     def rotate_key_group(self, key_id: str) -> Call[KeyGroupView]:
-        return _call(RotateKeyGroup(token=self._token, key_id=key_id), _key_group)
+        return self._call(RotateKeyGroup(key_id=key_id), _key_group)
 
     def list_key_groups(self) -> Call[list[KeyGroupView]]:
-        return _call(ListKeyGroups(token=self._token), _key_groups)
+        return self._call(ListKeyGroups(), _key_groups)
 
     def disable_version(self, key_id: str, version: int) -> Call[str]:
-        return _call(DisableVersion(token=self._token, key_id=key_id, version=version), _detail)
+        return self._call(DisableVersion(key_id=key_id, version=version), _detail)
 
     def enable_version(self, key_id: str, version: int) -> Call[str]:
-        return _call(EnableVersion(token=self._token, key_id=key_id, version=version), _detail)
+        return self._call(EnableVersion(key_id=key_id, version=version), _detail)
 
     def destroy_version(self, key_id: str, version: int) -> Call[str]:
-        return _call(DestroyVersion(token=self._token, key_id=key_id, version=version), _detail)
+        return self._call(DestroyVersion(key_id=key_id, version=version), _detail)
+
+    def _call(self, request: Request, read: Callable[[str | None, bytes], T]) -> Call[T]:
+        request.token, request.request_id = self._token, self._request_id
+        try:
+            return Call(encode(request) + b"\n", partial(read, self._request_id))
+        except UnicodeEncodeError:
+            # A name with a lone surrogate, which is what Python makes of a bad byte on the command line.
+            raise InvalidRequestError("keyId: not UTF-8 text") from None
 
 
 class Exchange(Generic[T]):
@@ -216,37 +234,29 @@ class Exchange(Generic[T]):
             self._error = error
 
 
-def _call(request: Request, read: Callable[[bytes], T]) -> Call[T]:
-    try:
-        return Call(encode(request) + b"\n", read)
-    except UnicodeEncodeError:
-        # A name with a lone surrogate, which is what Python makes of a bad byte on the command line.
-        raise InvalidRequestError("keyId: not UTF-8 text") from None
+def _detail(request_id: str | None, line: bytes) -> str:
+    return _decoded(_detail_decoder, request_id, line).detail
 
 
-def _detail(line: bytes) -> str:
-    return _decoded(_detail_decoder, line).detail
-
-
-def _data_key(line: bytes) -> DataKey:
-    reply = _decoded(_data_key_decoder, line)
+def _data_key(request_id: str | None, line: bytes) -> DataKey:
+    reply = _decoded(_data_key_decoder, request_id, line)
     return DataKey(plaintext=reply.plaintext_data_key, wrapped=reply.wrapped_data_key)
 
 
-def _ciphertext(line: bytes) -> bytes:
-    return _decoded(_ciphertext_decoder, line).ciphertext
+def _ciphertext(request_id: str | None, line: bytes) -> bytes:
+    return _decoded(_ciphertext_decoder, request_id, line).ciphertext
 
 
-def _plaintext(line: bytes) -> bytes:
-    return _decoded(_plaintext_decoder, line).plaintext
+def _plaintext(request_id: str | None, line: bytes) -> bytes:
+    return _decoded(_plaintext_decoder, request_id, line).plaintext
 
 
-def _key_group(line: bytes) -> KeyGroupView:
-    return _decoded(_key_group_decoder, line).key_group
+def _key_group(request_id: str | None, line: bytes) -> KeyGroupView:
+    return _decoded(_key_group_decoder, request_id, line).key_group
 
 
-def _key_groups(line: bytes) -> list[KeyGroupView]:
-    return _decoded(_key_groups_decoder, line).key_groups
+def _key_groups(request_id: str | None, line: bytes) -> list[KeyGroupView]:
+    return _decoded(_key_groups_decoder, request_id, line).key_groups
 
 
 _detail_decoder: Final[msgspec.json.Decoder[DetailReply | ErrorReply]] = msgspec.json.Decoder(DetailReply | ErrorReply)
@@ -265,12 +275,15 @@ _key_groups_decoder: Final[msgspec.json.Decoder[KeyGroupsReply | ErrorReply]] = 
 )
 
 
-def _decoded(decoder: msgspec.json.Decoder[R | ErrorReply], line: bytes) -> R:
+def _decoded(decoder: msgspec.json.Decoder[R | ErrorReply], request_id: str | None, line: bytes) -> R:
     try:
         reply = decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         # Not chained: the error may show a part of the reply.
         raise ProtocolError("the server's reply is not of this protocol; is it a mini-kms server?") from None
+    # A server that knows of no such thing repeats none.
+    if reply.request_id is not None and reply.request_id != request_id:
+        raise ProtocolError("the server answered another request than this one; connect again")
     if isinstance(reply, ErrorReply):
         error: KmsError = from_wire(reply.error_code, reply.message)
         raise error

@@ -239,8 +239,8 @@ def decode_request(line: bytes) -> Request:
         request: Request = _request_decoder.decode(line)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise _undecodable(line, error) from None
-    if request.request_id is not None and not _is_request_id(request.request_id):
-        raise UndecodableRequestError(type(request), request.token, InvalidRequestError(_REQUEST_ID_RULE))
+    if request.request_id is not None and not is_request_id(request.request_id):
+        raise UndecodableRequestError(type(request), request.token, InvalidRequestError(REQUEST_ID_RULE))
     # A backslash, too: the padding may be escaped.
     padding = line.find(b"=")
     if _BACKSLASH in line or (padding >= 0 and _LOOSE_PADDING.search(line, padding)):
@@ -251,10 +251,11 @@ def decode_request(line: bytes) -> Request:
     return request
 
 
-_REQUEST_ID_RULE: Final = f"requestId: has 1 to {MAX_REQUEST_ID_CHARACTERS} printable characters"
+REQUEST_ID_RULE: Final = f"requestId: has 1 to {MAX_REQUEST_ID_CHARACTERS} printable characters"
 
 
-def _is_request_id(text: str) -> bool:
+def is_request_id(text: str) -> bool:
+    """Whether a request may be called `text`."""
     # It goes into logs, where a line end or an escape would be another's line.
     return 1 <= len(text) <= MAX_REQUEST_ID_CHARACTERS and text.isprintable()
 
@@ -309,7 +310,7 @@ def _undecodable(line: bytes, error: Exception) -> UndecodableRequestError:
     else:
         reason = _rule(str(error))
     return UndecodableRequestError(
-        kind, token, InvalidRequestError(reason), request_id if _is_request_id(request_id) else None
+        kind, token, InvalidRequestError(reason), request_id if is_request_id(request_id) else None
     )
 
 

@@ -5,8 +5,12 @@ from __future__ import annotations
 import json
 import signal
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any
 
+import pytest
+
+from kms import AsyncKmsClient, InvalidRequestError, KmsClient
 from kms_tests.integration.processes import Machine, Server, eventually
 
 
@@ -80,6 +84,41 @@ def test_a_first_run_is_said_as_JSON_too(machine: Machine) -> None:
     first, *_ = lines_of(server.stderr)
     assert first["message"].startswith("making a new keystore at ")
     assert server.stop() == 0
+
+
+async def test_whoever_calls_a_server_can_be_found_in_its_log_by_the_requestId(machine: Machine, server: Server) -> None:
+    assert server.client("--request-id", "by hand", "encrypt", "--text=x", "--key=absent").status == 1
+    assert server.client_over_tcp("--request-id", "over tcp", "encrypt", "--text=x", "--key=absent").status == 1
+    assert server.admin("--request-id", "by an admin", "rotate-key", "--key=default").status == 0
+    for connect in (
+        partial(KmsClient.connect_unix, server.socket),
+        partial(KmsClient.connect_tcp, port=server.port),
+    ):
+        with connect(token=machine.api_token, request_id="a program") as client, pytest.raises(InvalidRequestError):
+            client.encrypt(b"", "absent")
+    for connect_async in (
+        partial(AsyncKmsClient.connect_unix, server.socket),
+        partial(AsyncKmsClient.connect_tcp, port=server.port),
+    ):
+        async with await connect_async(token=machine.api_token, request_id="a task") as client:
+            with pytest.raises(InvalidRequestError):
+                await client.encrypt(b"", "absent")
+    lines = [line.split(" requestId=")[1] for line in server.stderr.splitlines() if "kms.audit" in line]
+    assert lines == ["'by hand'", "'over tcp'", "'by an admin'", *["'a program'"] * 2, *["'a task'"] * 2]
+    refused = server.client("--request-id", "x" * 65, "health")
+    assert refused.status == 64
+    assert "64 printable characters" in refused.said_one_line("kms-client")
+
+
+def test_the_largest_plaintext_leaves_room_for_the_requestId(machine: Machine, server: Server) -> None:
+    name = "\U0001f511" * 64
+    large = machine.file("large", b"x" * 786_000)
+    out = str(machine.root / "out")
+    assert server.client("--request-id", name, "encrypt", "--in", str(large), "--out", out).status == 0
+    large.write_bytes(b"x" * 786_200)
+    refused = server.client("--request-id", name, "encrypt", "--in", str(large), "--out", out)
+    assert (refused.status, "use encrypt-file" in refused.stderr) == (65, True)
+    assert server.client("--request-id", name, "decrypt", "--in", out).stdout == b"x" * 786_000
 
 
 def test_people_get_lines_of_names_and_values(machine: Machine, server: Server) -> None:
