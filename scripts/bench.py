@@ -18,10 +18,10 @@ import msgspec
 import rich_click as click
 from rich.console import Console
 
-from scripts.benchmark import clients, control_plane, data_plane, files, report
+from scripts.benchmark import clients, control_plane, data_plane, files, report, servers
 from scripts.benchmark.processes import Bench, BenchmarkError
 
-SECTIONS: Final = ("data", "control", "clients", "files")
+SECTIONS: Final = ("data", "team", "control", "clients", "files")
 
 
 def machine() -> dict[str, str]:
@@ -49,6 +49,11 @@ def machine() -> dict[str, str]:
     help="Of the data plane, rows whose names hold TEXT: 'unix Encrypt 32 B 32x1'.",
 )
 @click.option(
+    "--baseline",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="Another checkout: measure this one's data plane beside that one's, too.",
+)
+@click.option(
     "--rounds",
     default=5,
     show_default=True,
@@ -74,6 +79,7 @@ def main(
     *,
     only: tuple[str, ...],
     match: tuple[str, ...],
+    baseline: Path | None,
     rounds: int,
     seconds: float,
     file_mib: int,
@@ -83,7 +89,11 @@ def main(
     plot: Path | None,
     check: bool,
 ) -> None:
-    """Measure the data plane beside a bare echo, the control plane, the clients, and files beside age and cp."""
+    """Measure what a KMS costs.
+
+    The data plane beside a bare echo, and with a team's configuration beside the default; the control plane, the
+    clients, and files beside age and cp.
+    """
     chosen = only or SECTIONS
     items = clients.ITEMS
     if short:
@@ -96,6 +106,8 @@ def main(
         with Bench() as bench, progress.status("") as status:
             if "files" in chosen:
                 files.require_age()
+            if "team" in chosen:
+                servers.require_metrics()
 
             def said(what: str) -> None:
                 status.update(what)
@@ -104,6 +116,10 @@ def main(
                 figures.data_plane = data_plane.measure(
                     bench, rounds=rounds, seconds=seconds, said=said, chosen=lambda name: all(t in name for t in match)
                 )
+            if "team" in chosen:
+                figures.team = servers.team(bench, rounds=rounds, seconds=seconds, said=said)
+            if baseline is not None:
+                figures.baseline = servers.baseline(bench, baseline, rounds=rounds, seconds=seconds, said=said)
             if "control" in chosen:
                 said("making keystores")
                 directories = control_plane.data_directories(bench)

@@ -210,8 +210,11 @@ class Server:
 class Machine:
     """A data directory and an environment that know nothing of the real user's."""
 
-    def __init__(self, template: Path | None = None) -> None:
-        """A copy of the data directory `template`, or a machine where nobody has run anything yet."""
+    def __init__(self, template: Path | None = None, source: Path = ROOT) -> None:
+        """A copy of the data directory `template`, or a machine where nobody has run anything yet.
+
+        The programs are those of the checkout at `source`.
+        """
         # Short, as a Unix socket's path has at most 107 bytes, which pytest's own tmp_path can exceed.
         self.root = Path(tempfile.mkdtemp(prefix="kms", dir="/tmp"))
         self.data = self.root / "mini-kms"
@@ -224,7 +227,7 @@ class Machine:
         } | {
             "HOME": str(self.root),
             "XDG_DATA_HOME": str(self.root),
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": str(source.resolve()),
             "MINIKMS_PASSPHRASE": PASSPHRASE,
             "TERM": "dumb",
         }

@@ -19,8 +19,8 @@ from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
 from kms.core.secret import Secret
 from kms.keystore.file import Keystore, KeystoreLock, initialise
 from kms_tests.integration.processes import PASSPHRASE, Server
-from scripts.benchmark.data_plane import encoded, prepare
 from scripts.benchmark.processes import Bench, resident_mib, spread
+from scripts.benchmark.turns import encoded, prepare
 
 GROUPS: Final = (10, 1_000, 10_000)
 VERSIONS: Final = {10: 5, 1_000: 3, 10_000: 3}

@@ -16,7 +16,7 @@ from typing import Final, Self
 
 import msgspec
 
-from kms_tests.integration.processes import Machine, Server
+from kms_tests.integration.processes import ROOT, Machine, Server
 
 HERE: Final = Path(__file__).parent
 MIB: Final = 1 << 20
@@ -59,9 +59,12 @@ class Bench:
         shutil.rmtree(self.directory, ignore_errors=True)
 
     @contextlib.contextmanager
-    def machine(self, template: Path | None = None) -> Iterator[Machine]:
-        """A machine of its own, with a copy of the data directory `template`, or one that `kms-admin init` has made."""
-        machine = Machine(template)
+    def machine(self, template: Path | None = None, source: Path = ROOT) -> Iterator[Machine]:
+        """A machine of its own, with a copy of the data directory `template`, or one that `kms-admin init` has made.
+
+        The programs are those of the checkout at `source`.
+        """
+        machine = Machine(template, source)
         try:
             if template is None:
                 made = machine.admin("init")
@@ -72,9 +75,9 @@ class Bench:
             machine.dispose()
 
     @contextlib.contextmanager
-    def server(self, template: Path | None = None) -> Iterator[Server]:
+    def server(self, template: Path | None = None, source: Path = ROOT) -> Iterator[Server]:
         """A kms-server on such a machine, with its default configuration but for the TCP port."""
-        with self.machine(template) as machine:
+        with self.machine(template, source) as machine:
             yield machine.start()
 
     @contextlib.contextmanager

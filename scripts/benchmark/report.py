@@ -13,8 +13,9 @@ from rich.table import Table
 
 from scripts.benchmark.clients import Client
 from scripts.benchmark.control_plane import Interference, Mutations, Size
-from scripts.benchmark.data_plane import SHAPES, Row
+from scripts.benchmark.data_plane import SHAPES
 from scripts.benchmark.files import ColdStart, FileRate
+from scripts.benchmark.turns import Row
 
 R = TypeVar("R")
 
@@ -23,6 +24,8 @@ class Figures(msgspec.Struct, rename="camel"):
     """All that was measured; a part that was not chosen is empty."""
 
     data_plane: list[Row] = []
+    team: list[Row] = []
+    baseline: list[Row] = []
     mutations: list[Mutations] = []
     interference: list[Interference] = []
     sizes: list[Size] = []
@@ -56,6 +59,10 @@ def targets(figures: Figures) -> Iterator[Target]:
             yield Target(f"{what}: ratio to Encrypt's", row.ratio / encrypt.ratio, 0.8)
         if (row.operation, row.transport, row.connections, row.depth) == ("Encrypt 32 B", "unix", 32, 1):
             yield Target(f"{what}: p99 / p50", row.p99 / row.p50, 2, at_most=True)
+    for row in (*figures.team, *figures.baseline):
+        if row.target is not None:
+            what = f"{row.operation} {row.connections}x{row.depth}"
+            yield Target(f"{what}: {row.server} / {row.other}", row.ratio, row.target)
     rates = {(row.what, row.groups, row.clients): row for row in figures.mutations}
     for (what, groups, clients), mutated in rates.items():
         if clients > 1:
@@ -97,10 +104,12 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
             "max": lambda row: f"{row.max:,.0f}",
             "CPU each": lambda row: f"{row.cpu_per_request:.1f}",
             "RSS, MiB": lambda row: f"{row.resident_mib:.0f}",
-            "busy": lambda row: f"{row.busy:.0%} ({row.echo_busy:.0%})",
-            "load busy": lambda row: f"{row.load_busy:.0%} ({row.echo_load_busy:.0%})",
+            "busy": lambda row: f"{row.busy:.0%} ({row.other_busy:.0%})",
+            "load busy": lambda row: f"{row.load_busy:.0%} ({row.other_load_busy:.0%})",
         },
     )
+    _print_servers(console, "Encrypt 32 B 32x1 as a team has it", figures.team, lambda row: row.server)
+    _print_servers(console, "This checkout", figures.baseline, lambda row: f"{row.operation} {row.connections}x{row.depth}")
     _print(
         console,
         "Mutations, each durable before its answer: times in ms",
@@ -166,6 +175,27 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
         "Cold start",
         figures.cold_starts,
         {"command": lambda row: row.name, "ms": lambda row: f"{row.milliseconds:.0f}"},
+    )
+
+
+def _print_servers(console: Console, what: str, rows: list[Row], name: Callable[[Row], str]) -> None:
+    """A table of servers beside another one, whose figures are in brackets; `name` tells its rows apart."""
+    if not rows:
+        return
+    _print(
+        console,
+        f"{what}, beside {rows[0].other} (in brackets): replies per second, times in us",
+        rows,
+        {
+            "what": name,
+            "replies": lambda row: f"{row.rate:,.0f} ({row.other_rate:,.0f})",
+            "ratio": lambda row: f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
+            "p50": lambda row: f"{row.p50:,.0f} ({row.other_p50:,.0f})",
+            "p99": lambda row: f"{row.p99:,.0f} ({row.other_p99:,.0f})",
+            "CPU each": lambda row: f"{row.cpu_per_request:.1f} ({row.other_cpu_per_request:.1f})",
+            "busy": lambda row: f"{row.busy:.0%} ({row.other_busy:.0%})",
+            "load busy": lambda row: f"{row.load_busy:.0%} ({row.other_load_busy:.0%})",
+        },
     )
 
 
