@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -11,7 +12,8 @@ from typing import Any
 import pytest
 
 from kms import AsyncKmsClient, InvalidRequestError, KmsClient
-from kms_tests.integration.processes import Machine, Server, eventually
+from kms.limits import MAX_QUEUED_LINES
+from kms_tests.integration.processes import DEADLINE, Machine, Server, Wire, eventually
 
 
 def lines_of(text: str) -> list[dict[str, Any]]:
@@ -65,6 +67,34 @@ def test_every_line_of_a_servers_life_is_one_JSON_object(machine: Machine) -> No
     assert max(map(len, server.stderr.splitlines())) < 5000
 
 
+def test_what_nobody_read_in_time_is_counted_in_a_line_of_JSON_too(machine: Machine) -> None:
+    flags = ("--log-format=json", "--no-tcp", f"--unix-socket={machine.socket}")
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb") as stderr, os.fdopen(writing, "wb") as theirs:
+        process = machine.popen("server", *flags, stderr=theirs)
+        theirs.close()
+        try:
+            eventually("it listens", lambda: machine.socket.exists())
+            refused = {"type": "Encrypt", "token": machine.api_token, "plaintext": "", "keyId": "absent"}
+            for _ in range((MAX_QUEUED_LINES + 2_000) // 1_000):
+                with Wire(machine.socket) as wire:
+                    wire.send(*[refused] * 1_000)
+                    assert {wire.reply()["errorCode"] for _ in range(1_000)} == {"InvalidRequest"}
+            lines: list[bytes] = []
+            while not lines or b"lines were dropped" not in lines[-1]:
+                lines.append(stderr.readline())
+            # All that waited, before it has to hurry.
+            lines += [stderr.readline() for _ in range(MAX_QUEUED_LINES)]
+            process.terminate()
+            events = lines_of(b"".join([*lines, *stderr]).decode("ascii"))
+            assert process.wait(DEADLINE) == 0
+        finally:
+            process.kill()
+            process.communicate()
+    (notice,) = [event for event in events if "lines were dropped" in event["message"]]
+    assert (notice["level"], notice["logger"]) == ("WARNING", "kms-server")
+
+
 def test_the_line_with_which_a_start_fails_is_JSON_too(machine: Machine, server: Server) -> None:
     for flags, environment, status, words in (
         (["--unix-socket", str(machine.data / "second.sock")], {}, 75, str(server.pid)),
@@ -103,11 +133,12 @@ async def test_whoever_calls_a_server_can_be_found_in_its_log_by_the_requestId(m
         async with await connect_async(token=machine.api_token, request_id="a task") as client:
             with pytest.raises(InvalidRequestError):
                 await client.encrypt(b"", "absent")
-    lines = [line.split(" requestId=")[1] for line in server.stderr.splitlines() if "kms.audit" in line]
-    assert lines == ["'by hand'", "'over tcp'", "'by an admin'", *["'a program'"] * 2, *["'a task'"] * 2]
     refused = server.client("--request-id", "x" * 65, "health")
     assert refused.status == 64
     assert "64 printable characters" in refused.said_one_line("kms-client")
+    assert server.stop() == 0
+    lines = [line.split(" requestId=")[1] for line in server.stderr.splitlines() if "kms.audit" in line]
+    assert lines == ["'by hand'", "'over tcp'", "'by an admin'", *["'a program'"] * 2, *["'a task'"] * 2]
 
 
 def test_the_largest_plaintext_leaves_room_for_the_requestId(machine: Machine, server: Server) -> None:
@@ -124,6 +155,7 @@ def test_the_largest_plaintext_leaves_room_for_the_requestId(machine: Machine, s
 def test_people_get_lines_of_names_and_values(machine: Machine, server: Server) -> None:
     with server.unix() as wire:
         wire.ask(type="RotateKeyGroup", token=machine.admin_token, keyId="default", requestId="nightly 7")
+    assert server.stop() == 0
     line = next(line for line in server.stderr.splitlines() if "RotateKeyGroup" in line)
     assert line.endswith(
         " INFO kms.audit: connection=1 request=1 transport=unix principal=admin operation=RotateKeyGroup"

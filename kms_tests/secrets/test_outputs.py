@@ -25,6 +25,7 @@ from kms.core.policy import AllowAll, Plane
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, WireError
 from kms.keystore.file import KeystoreLock, initialise
+from kms.server.config import LOG_FORMATS
 from kms.server.handlers import Handlers
 from kms.server.middleware import Authenticator, RequestPipeline
 from kms.server.served import Peer
@@ -197,17 +198,24 @@ def go_through_every_refusal(watch: Watch, server: Server) -> None:
         watch.heard(wire.reply())
 
 
-def test_a_server_says_no_secret_whatever_it_is_asked(secret_machine: Machine, watch: Watch) -> None:
-    server = secret_machine.start()
+every_format = pytest.mark.parametrize("log_format", LOG_FORMATS)
+
+
+@every_format
+def test_a_server_says_no_secret_whatever_it_is_asked(secret_machine: Machine, watch: Watch, log_format: str) -> None:
+    server = secret_machine.start("--log-format", log_format)
     go_through_every_refusal(watch, server)
     watch.look_at(server)
     assert watch.codes == WIRE_CODES - {"Unauthorized", "InternalError"}
     watch.assert_nothing_leaked()
 
 
-def test_a_server_with_bugs_and_a_strict_policy_says_no_secret_either(secret_machine: Machine, watch: Watch) -> None:
+@every_format
+def test_a_server_with_bugs_and_a_strict_policy_says_no_secret_either(
+    secret_machine: Machine, watch: Watch, log_format: str
+) -> None:
     launcher = Launcher(secret_machine, WITH_A_BUG_AND_A_POLICY)
-    with launcher.start("--tcp-port=0") as process:
+    with launcher.start("--tcp-port=0", f"--log-format={log_format}") as process:
         server = launcher.server(process)
         go_through_every_refusal(watch, server)
         # The launcher's own text stands in the command line; it has no canary.
