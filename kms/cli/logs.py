@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 
 from kms.cli.run import one_line
 from kms.limits import MAX_LOGGED_MESSAGE, MAX_LOGGED_VALUE
-from kms.server.config import LOG_FORMATS
 from kms.server.event import Event
 
 
@@ -64,9 +63,8 @@ class Voice:
         self.formatter: logging.Formatter = HumanFormatter(program)
 
     def use(self, log_format: str) -> None:
-        """Speak in one of `LOG_FORMATS` from now on."""
-        human, json_ = LOG_FORMATS
-        self.formatter = {human: HumanFormatter(self._program), json_: JsonFormatter()}[log_format]
+        """Speak in one of `kms.server.config.LOG_FORMATS` from now on."""
+        self.formatter = {"human": HumanFormatter(self._program), "json": JsonFormatter()}[log_format]
 
     def line(self, level: int, text: str) -> str:
         """The line, with its end, that says `text` in the program's own name."""

@@ -2,6 +2,9 @@
 
 `log.info(Event({"connection": 3, "group": "billing"}))`: what is logged is the object itself, as logging allows. Its text
 is `connection=3 group='billing'`, which any formatter writes; one that knows it takes `fields`. So the two cannot differ.
+
+Not `extra=`: its keys land among the record's own attributes, where a formatter cannot tell them apart, and the text
+would have to be written a second time.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ import pytest
 
 from kms import AsyncKmsClient, InvalidRequestError, KmsClient
 from kms.limits import MAX_QUEUED_LINES
-from kms_tests.integration.processes import DEADLINE, Machine, Server, Wire, eventually
+from kms_tests.integration.processes import DEADLINE, ROOT, Machine, Server, Wire, eventually
 
 
 def lines_of(text: str) -> list[dict[str, Any]]:
@@ -63,6 +63,9 @@ def test_every_line_of_a_servers_life_is_one_JSON_object(machine: Machine) -> No
         (5, None, None, None, None, "InvalidRequest", None),
     ]
     assert len({event["connection"] for event in audited}) == 1
+    readme = (ROOT / "README.rst").read_text(encoding="utf-8").splitlines()
+    shown = json.loads(next(line for line in readme if line.lstrip().startswith('{"time"')))
+    assert list(shown) == list(audited[0]), "the README shows another line"
     assert {event["transport"] for event in audited} == {"unix"}
     assert max(map(len, server.stderr.splitlines())) < 5000
 
