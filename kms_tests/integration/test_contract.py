@@ -69,6 +69,8 @@ def elsewhere(machine: Machine, name: str, token: bytes) -> dict[str, str]:
         "idle_timeout_ms": "600",
         "max_connections": "2",
         "log_format": "json",
+        "audit_log": str(place / "store" / "audit.log"),
+        "audit_data": "refused",
     }
 
 
@@ -94,6 +96,9 @@ def observe(machine: Machine, flags: dict[str, str], environment: dict[str, str 
         assert second.is_at_end()
         assert time.monotonic() - start < DEADLINE / 2
     assert server.stop() == 0
+    on_record = (place / "store" / "audit.log").read_text(encoding="ascii")
+    assert '"errorCode":"FrameTooLarge"' in on_record
+    assert '"operation":"Health"' not in on_record
     assert all(line.startswith('{"time"') for line in server.stderr.splitlines())
 
 

@@ -52,7 +52,7 @@ def test_every_line_of_a_servers_life_is_one_JSON_object(machine: Machine) -> No
 
     events = lines_of(server.stderr)
     said = [event["message"] for event in events if event["logger"] == "kms-server"]
-    assert [text.split()[0] for text in said] == ["memory", "principals", "ready", "stopping"]
+    assert [text.split()[0] for text in said] == ["memory", "principals", "audit", "ready", "stopping"]
     kept = ("request", "principal", "operation", "group", "version", "outcome", "requestId")
     audited = [event for event in events if event["logger"] == "kms.audit"]
     assert [tuple(event.get(name) for name in kept) for event in audited] == [
