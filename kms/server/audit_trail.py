@@ -92,9 +92,10 @@ class AuditTrail:
         """Put the outcome of a change on record, now or as soon as that can be done; raises `UnavailableError`."""
         self._log.write([_record(served)], keep=True)
 
-    def write(self, batch: Sequence[Served]) -> None:
-        """Put those that are wanted on record; raises `UnavailableError`."""
-        records = [_record(served) for served in batch if self._wants_all or self._wants(served)]
+    def write(self, turn: Turn) -> None:
+        """Put on record what is wanted of it; raises `UnavailableError`."""
+        wants_all, wants = self._wants_all, self._wants
+        records = [_record(served) for _, served in turn if served is not None and (wants_all or wants(served))]
         if records:
             self._log.write(records)
 
@@ -196,27 +197,13 @@ _NAMES: Final = {kind: kind.operation.value for kind in _KEYS}
 """An enum's `value` takes 0.1 us."""
 
 
-class Turn:
-    """What one connection was answered and not yet sent: each reply line, and what has to be on record before it goes."""
+Turn = list[tuple[bytes, Served | None]]
+"""What one connection was answered and not yet sent: each reply line, and what has to be on record before it goes."""
 
-    __slots__ = ("replies",)
 
-    def __init__(self) -> None:
-        self.replies: list[tuple[bytes, Served | None]] = []
-
-    def add(self, reply: bytes, served: Served | None) -> None:
-        """`reply` is sent once `served` is on record; without it, whatever becomes of the others."""
-        self.replies.append((reply, served))
-
-    def commit(self, trail: AuditTrail | None) -> bytes | None:
-        """Put all on record: None when that is done, else what to send in the place of all replies since the last time."""
-        replies, self.replies = self.replies, []
-        try:
-            if trail is not None:
-                trail.write([served for _, served in replies if served is not None])
-        except UnavailableError as error:
-            return b"".join(_instead(reply, served, error) + b"\n" for reply, served in replies)
-        return None
+def unrecorded(turn: Turn, error: UnavailableError) -> bytes:
+    """What to send in the place of a turn's replies when `error` kept them off the record."""
+    return b"".join(_instead(reply, served, error) + b"\n" for reply, served in turn)
 
 
 def _instead(reply: bytes, served: Served | None, error: UnavailableError) -> bytes:

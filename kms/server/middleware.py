@@ -29,7 +29,7 @@ from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnauthorizedError, UnavailableError, WireError
-from kms.server.audit_trail import AuditTrail, Turn
+from kms.server.audit_trail import AuditTrail, Turn, unrecorded
 from kms.server.event import Event
 from kms.server.handlers import Handlers, group_of
 from kms.server.served import Observer, Peer, Served, bounded_name
@@ -161,7 +161,7 @@ class Session:
         self._pipeline = pipeline
         self._peer = peer
         self._number = 0
-        self._turn = Turn()
+        self._turn: Turn = []
 
     def serve(self, line: bytes) -> bytes | Later:
         """The reply line to `line`, without its line end; for the control plane, what to call for it."""
@@ -193,7 +193,17 @@ class Session:
 
     def commit(self) -> bytes | None:
         """Put what was served since the last time on record: None when that is done, or what to send instead."""
-        return self._turn.commit(self._pipeline.trail) if self._turn.replies else None
+        turn = self._turn
+        if not turn:
+            return None
+        self._turn = []
+        trail = self._pipeline.trail
+        try:
+            if trail is not None:
+                trail.write(turn)
+        except UnavailableError as error:
+            return unrecorded(turn, error)
+        return None
 
     async def _serve_control(self, number: int, request: Request, began: float) -> bytes:
         pipeline = self._pipeline
@@ -268,7 +278,7 @@ class Session:
             except UnavailableError as error:
                 reply = ErrorReply(error.code, str(error), request_id=served.request_id)
         line = encode(reply)
-        self._turn.add(line, waits_for)
+        self._turn.append((line, waits_for))
         return line
 
 

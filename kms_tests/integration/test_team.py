@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import pytest
 
@@ -102,7 +102,8 @@ class Team:
         self.machine = machine
         self.file = machine.data / "principals.toml"
         self.server = machine.start(
-            "--unix-socket", str(directory / "kms.sock"), "--unix-socket-group", SOCKET_GROUP.gr_name
+            *("--unix-socket", str(directory / "kms.sock"), "--unix-socket-group", SOCKET_GROUP.gr_name),
+            *("--audit-log", str(machine.data / "audit.log")),
         )
 
     def write(self, content: str) -> None:
@@ -143,6 +144,43 @@ def code(reply: dict[str, Any]) -> str:
     return str(reply.get("errorCode", "ok"))
 
 
+class Asks(Protocol):
+    """A connection."""
+
+    def ask(self, **request: Any) -> dict[str, Any]: ...
+
+
+class Witness:
+    """A connection, and what was said over it as the audit log should have it.
+
+    `names` tells who has a token; `unknown` is whom a request without one is from.
+    """
+
+    def __init__(self, connection: Asks, names: dict[str, str], without: str | None = None) -> None:
+        self._connection = connection
+        self._names = names
+        self._without = without
+        self.heard: list[tuple[str | None, str, str]] = []
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        reply = self._connection.ask(**request)
+        token = request.get("token", "")
+        who = self._names.get(token) if token else self._without
+        self.heard.append((who if code(reply) != "AuthFailed" else None, request["type"], code(reply)))
+        return reply
+
+
+def on_record(log: Path) -> dict[int, list[tuple[str | None, str, str]]]:
+    """What was said over each connection, as the audit log has it: who, what, and how it ended."""
+    said: dict[int, list[tuple[str | None, str, str]]] = {}
+    for line in log.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        if "operation" in record and record["outcome"] != "begun":
+            outcome = record.get("errorCode", record["outcome"])
+            said.setdefault(record["connection"], []).append((record.get("principal"), record["operation"], outcome))
+    return said
+
+
 FORBIDDEN: Final = {
     "status": "error",
     "errorCode": "Unauthorized",
@@ -157,6 +195,7 @@ def test_a_team_of_three_programs(team: Team, machine: Machine) -> None:
         assert team.server.admin("create-key", "--key", group).status == 0
     token, digest = team.new_token("billing")
     rotated, rotated_digest = team.new_token("reports")
+    names = {token: "billing", rotated: "reports", machine.api_token: "api", machine.admin_token: "admin"}
 
     billing = f'[principals.billing]\ntoken_sha256 = ["{digest}"]\n' + (
         rules("billing", ["billing", "billing-*"], "Encrypt", "Decrypt", "RotateKeyGroup")
@@ -169,7 +208,8 @@ def test_a_team_of_three_programs(team: Team, machine: Machine) -> None:
     def reports(*digests: str) -> str:
         return f"[principals.reports]\ntoken_sha256 = {list(digests)}\n" + rules("reports", ["billing"], "Decrypt")
 
-    with team.server.unix() as by_token, Program(team.server.socket) as by_uid, team.server.tcp() as by_rotated:
+    with team.server.unix() as first, Program(team.server.socket) as second, team.server.tcp() as third:
+        by_token, by_uid, by_rotated = Witness(first, names), Witness(second, names, "backup"), Witness(third, names)
         # Nobody knows them yet, and the connections stay open throughout.
         assert by_token.ask(type="Encrypt", token=token, keyId="billing", plaintext="") == NOBODY
         assert by_uid.ask(type="Health") == NOBODY
@@ -211,6 +251,7 @@ def test_a_team_of_three_programs(team: Team, machine: Machine) -> None:
 
         # One whose token is rotated: both live until the old one is taken out, with no moment in between.
         newer, newer_digest = team.new_token("reports")
+        names[newer] = "reports"
         assert code(by_rotated.ask(type="Decrypt", token=rotated, ciphertext=sealed)) == "ok"
         assert by_rotated.ask(type="Decrypt", token=newer, ciphertext=sealed) == NOBODY
         team.write(billing + backup + reports(rotated_digest, newer_digest))
@@ -234,6 +275,14 @@ def test_a_team_of_three_programs(team: Team, machine: Machine) -> None:
         assert by_token.ask(type="Encrypt", token=machine.api_token, plaintext="") == NOBODY
         assert by_token.ask(type="ListKeyGroups", token=machine.admin_token) == NO_ADMIN
         assert code(by_token.ask(type="Health", token=token)) == "ok"
+
+    # Every answer is on record, with who got it; every refusal among them.
+    assert sum(outcome != "ok" for _, _, outcome in by_token.heard + by_uid.heard + by_rotated.heard) > 25
+    said = on_record(machine.data / "audit.log")
+    for witness in (by_token, by_uid, by_rotated):
+        assert witness.heard in said.values()
+    verified = machine.admin("verify-audit")
+    assert verified.status == 0, verified.stderr
 
 
 def test_a_bad_file_is_refused_with_one_line_and_the_old_one_stays(team: Team) -> None:
