@@ -30,6 +30,7 @@ from kms.cli.options import (
 from kms.cli.run import one_line, run, stop_signals_raise
 from kms.core.policy import Operation
 from kms.errors import (
+    EXIT_BAD_INPUT,
     EXIT_OK,
     EXIT_REFUSED,
     ConfigError,
@@ -42,6 +43,7 @@ from kms.limits import MAX_VERSION, TOKEN_BYTES
 from kms.server.config import ServerConfig, data_directory, resolve
 
 if TYPE_CHECKING:
+    from kms.core.audit_verifier import Verifier
     from kms.core.secret import Secret
     from kms.wire.messages import KeyGroupView
 
@@ -57,6 +59,9 @@ _version = click.option(
 _keystore = click.option("--keystore", type=PATH, metavar="PATH", help="[MINIKMS_KEYSTORE or <data>/keystore.json]")
 _passphrase_file = click.option(
     "--passphrase-file", type=PATH, metavar="PATH", help="Passphrase. [MINIKMS_PASSPHRASE_FILE; else asked for]"
+)
+_audit_log = click.option(
+    "--audit-log", type=PATH, metavar="PATH", help="Audit log. [MINIKMS_AUDIT_LOG or <data>/audit.log]"
 )
 
 
@@ -334,22 +339,101 @@ def explain(settings: Settings, principal: str, operation: str, key: str, aad: s
     metavar="PATH",
     help="New passphrase. [MINIKMS_NEW_PASSPHRASE first; else asked for]",
 )
+@_audit_log
 @click.pass_obj
 def change_passphrase(
-    settings: Settings, keystore: str | None, passphrase_file: str | None, new_passphrase_file: str | None
+    settings: Settings,
+    keystore: str | None,
+    passphrase_file: str | None,
+    new_passphrase_file: str | None,
+    audit_log: str | None,
 ) -> None:
-    """Wrap all keys under a new passphrase; the server must be stopped. Every ciphertext still opens."""
+    """Wrap all keys under a new passphrase; the server must be stopped. Every ciphertext still opens.
+
+    The audit log, if there is one, goes on under the new passphrase, which verifies what was written before, too.
+    """
     from kms.core.derive import KdfParameters
     from kms.keystore import file
+    from kms.keystore.audit_log import is_kept
 
-    config = resolve({"keystore": keystore, "passphrase_file": passphrase_file}, os.environ)
+    config = resolve({"keystore": keystore, "passphrase_file": passphrase_file, "audit_log": audit_log}, os.environ)
     if not os.path.lexists(config.keystore):
         raise InputMissingError(f"there is no keystore at {config.keystore}; make one with: kms-admin init")
     with file.KeystoreLock(config.keystore) as lock, _passphrase(config, new=False) as old:
         new_file = Path(new_passphrase_file) if new_passphrase_file else None
         with prompt.obtain("new passphrase", "MINIKMS_NEW_PASSPHRASE", new_file, "--new-passphrase-file", new=True) as new:
-            file.change_passphrase(lock, old, new, parameters=KdfParameters())
+            log = config.audit_log if is_kept(config.audit_log) else None
+            file.change_passphrase(lock, old, new, parameters=KdfParameters(), audit_log=log)
     _show_detail(settings, "passphrase changed")
+
+
+@command.command(
+    "verify-audit",
+    epilog=examples("kms-admin verify-audit", "kms-admin verify-audit audit.log.2 audit.log.1 ~/.mini-kms/audit.log"),
+)
+@click.argument("files", nargs=-1, type=PATH, metavar="[FILE]...")
+@_audit_log
+@_keystore
+@_passphrase_file
+@click.pass_obj
+def verify_audit(
+    settings: Settings,
+    files: Sequence[str],
+    audit_log: str | None,
+    keystore: str | None,
+    passphrase_file: str | None,
+) -> int:
+    """Say whether the audit log is as it was written: nothing changed, removed, moved or cut off. The exit code is 0 or 65.
+
+    Name rotated files, the oldest first, with the one that is written last; without FILE that one alone. Needs no
+    server, and minds none.
+    """
+    from kms.keystore.audit_check import verify
+    from kms.keystore.file import AuditReader
+
+    config = resolve({"audit_log": audit_log, "keystore": keystore, "passphrase_file": passphrase_file}, os.environ)
+    paths = [Path(file) for file in files] or [config.audit_log]
+    if not os.path.lexists(config.keystore):
+        raise InputMissingError(f"there is no keystore at {config.keystore}; name it with --keystore")
+    with _passphrase(config, new=False) as passphrase, AuditReader(config.keystore, passphrase) as reader:
+        report = verify(paths, reader, needs_head=os.path.realpath(paths[-1]) == os.path.realpath(config.audit_log))
+    if settings.json:
+        render.document(
+            authentic=not report.count,
+            files=[
+                {
+                    "file": span.file,
+                    "records": span.records,
+                    "first": span.first,
+                    "last": span.last,
+                    "begins": span.begins,
+                    "ends": span.ends,
+                }
+                for span in report.spans
+            ],
+            findings=[one._asdict() for one in report.findings],
+            findingCount=report.count,
+            notes=[one._asdict() for one in report.notes],
+        )
+    else:
+        _show_report(report)
+    return EXIT_BAD_INPUT if report.count else EXIT_OK
+
+
+def _show_report(report: Verifier) -> None:
+    for span in report.spans:
+        if span.records:
+            render.text(f"{span.file}: records {span.first} to {span.last}, {span.begins} to {span.ends}")
+        else:
+            render.text(f"{span.file}: no authentic record")
+    for word, found in (("note", report.notes), ("FOUND", report.findings)):
+        for file, line, what in found:
+            render.text(f"{word}: {file}{f', line {line}' if line else ''}: {what}")
+    if report.count > len(report.findings):
+        render.text(f"and {report.count - len(report.findings)} more")
+    total = sum(span.records for span in report.spans)
+    verdict = f"NOT AUTHENTIC: {report.count} found" if report.count else "authentic"
+    render.text(f"{verdict}: {total} records verified")
 
 
 def _passphrase(config: ServerConfig, *, new: bool) -> Secret:

@@ -552,6 +552,11 @@ def head_path(path: Path) -> Path:
     return path.with_name(f"{path.name}.head")
 
 
+def is_kept(path: Path) -> bool:
+    """Whether a log was begun at `path`: it is there, or its head is."""
+    return os.path.lexists(path) or os.path.lexists(head_path(path))
+
+
 def read_head(path: Path) -> bytes | None:
     """The head file of the log at `path`, not verified; None when there is none. Raises what `open_private` raises."""
     try:

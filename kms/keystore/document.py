@@ -242,16 +242,21 @@ class Sealed:
         self.header.parameters.check()
         self.root_check = from_text(self._document.root_check)
 
-    def open(self, keys: RootKeys, rewrap: Wrap | None = None) -> Keyring:
-        """The keyring, its KEKs wrapped anew by `rewrap` if given (to change the passphrase).
-
-        Raises `WrongPassphraseError`, or `KeystoreError` when the MAC or anything behind it is wrong.
-        """
+    def authenticate(self, keys: RootKeys) -> int:
+        """The generation. Raises `WrongPassphraseError`, or `KeystoreError` when the MAC is wrong."""
         document = self._document
         if not keys.is_right(self.root_check):
             raise WrongPassphraseError(WRONG_PASSPHRASE)
         body = _Body(document.format_version, document.generation, document.kdf, document.root_check, document.key_groups)
         check_mac(keys.mac(msgspec.json.encode(body)), document.mac)
+        return document.generation
+
+    def open(self, keys: RootKeys, rewrap: Wrap | None = None) -> Keyring:
+        """The keyring, its KEKs wrapped anew by `rewrap` if given (to change the passphrase).
+
+        Raises `WrongPassphraseError`, or `KeystoreError` when the MAC or anything behind it is wrong.
+        """
+        generation = self.authenticate(keys)
         groups = (
             StoredGroup(
                 group.key_id,
@@ -267,9 +272,9 @@ class Sealed:
                     for v in group.versions
                 ),
             )
-            for group in document.key_groups
+            for group in self._document.key_groups
         )
-        return build_keyring(document.generation, groups, keys.unwrap_kek, rewrap)
+        return build_keyring(generation, groups, keys.unwrap_kek, rewrap)
 
 
 _document_decoder: Final = msgspec.json.Decoder(_Document)

@@ -27,6 +27,7 @@ from kms.host import durable, locking
 from kms.host.entropy import random_key
 from kms.host.private import make_private_directory, open_private
 from kms.keystore import document, legacy
+from kms.keystore.audit_log import handing_over
 from kms.keystore.document import KdfHeader, RootKeys
 from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEPT_KEYSTORES, MAX_KEYSTORE_BYTES
 
@@ -216,10 +217,14 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
     return keystore, keyring
 
 
-def change_passphrase(lock: KeystoreLock, old: Secret, new: Secret, *, parameters: KdfParameters) -> None:
+def change_passphrase(
+    lock: KeystoreLock, old: Secret, new: Secret, *, parameters: KdfParameters, audit_log: Path | None = None
+) -> None:
     """Wrap every KEK under a new root key, from `new` and a new salt. Groups, versions and states stay as they are.
 
-    Raises what `load` and `Keystore.save` raise. The KDF's costs become `parameters`.
+    The `audit_log`, if there is one, goes on under the new key, and says so.
+
+    Raises what `load`, `Keystore.save` and opening an `AuditLog` raise. The KDF's costs become `parameters`.
     """
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
     raw = read(lock.keystore)
@@ -232,6 +237,8 @@ def change_passphrase(lock: KeystoreLock, old: Secret, new: Secret, *, parameter
             replaces = raw
             sealed_v2 = legacy.Sealed(raw)
             with sealed_v2.header.derive(old) as root:
+                old_keys = RootKeys(root)
+                wipes.callback(old_keys.wipe)
                 keyring = sealed_v2.open(root, new_keys.wrap_kek)
         else:
             sealed = document.Sealed(raw)
@@ -239,9 +246,48 @@ def change_passphrase(lock: KeystoreLock, old: Secret, new: Secret, *, parameter
                 old_keys = RootKeys(root)
             wipes.callback(old_keys.wipe)
             keyring = sealed.open(old_keys, new_keys.wrap_kek)
-        Keystore(lock.keystore, header, new_keys, replaces=replaces).save(keyring.next_generation())
         for key in keyring.live_keys():
-            key.wipe()
+            wipes.callback(key.wipe)
+        if audit_log is not None:
+            wipes.enter_context(handing_over(audit_log, old_keys.audit, new_keys.audit, generation=keyring.generation))
+        Keystore(lock.keystore, header, new_keys, replaces=replaces).save(keyring.next_generation())
+
+
+class AuditReader:
+    """What verifying an audit log needs of a keystore: its keys and its generation. Needs no lock, and opens no KEK."""
+
+    def __init__(self, path: Path, passphrase: Secret) -> None:
+        """Raises what `load` raises."""
+        self.path: Final = path
+        raw = read(path)
+        sealed = legacy.Sealed(raw) if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw)
+        with sealed.header.derive(passphrase) as root:
+            self._keys = RootKeys(root)
+            try:
+                if isinstance(sealed, legacy.Sealed):
+                    sealed.authenticate(root)
+                else:
+                    sealed.authenticate(self._keys)
+            except BaseException:
+                self._keys.wipe()
+                raise
+
+    @property
+    def keys(self) -> AuditKeys:
+        """They are wiped with this."""
+        return self._keys.audit
+
+    def generation(self) -> int:
+        """The generation on disk now, which is that of a server that is running; raises what `load` raises."""
+        raw = read(self.path)
+        # A keystore of format 2 has none; its first one comes with format 3.
+        return 0 if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw).authenticate(self._keys)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._keys.wipe()
 
 
 def read(path: Path) -> bytes:

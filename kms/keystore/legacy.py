@@ -74,11 +74,8 @@ class Sealed:
         parameters.check()
         self.header = KdfHeader(parameters, from_text(document.saltBase64))
 
-    def open(self, root: Secret, rewrap: Wrap) -> Keyring:
-        """The keyring, generation 0, its KEKs wrapped anew by `rewrap` as format 3 wants them.
-
-        Raises `WrongPassphraseError`, or `KeystoreError` when the MAC or anything behind it is wrong.
-        """
+    def authenticate(self, root: Secret) -> EnvelopeKey:
+        """The root key, ready to open what is under it. Raises `WrongPassphraseError`, or `KeystoreError` for its MAC."""
         document = self._document
         root_key = EnvelopeKey(root)
         try:
@@ -88,6 +85,15 @@ class Sealed:
         if not verified:
             raise WrongPassphraseError(WRONG_PASSPHRASE)
         check_mac(_mac(root, document), document.macBase64)
+        return root_key
+
+    def open(self, root: Secret, rewrap: Wrap) -> Keyring:
+        """The keyring, generation 0, its KEKs wrapped anew by `rewrap` as format 3 wants them.
+
+        Raises `WrongPassphraseError`, or `KeystoreError` when the MAC or anything behind it is wrong.
+        """
+        document = self._document
+        root_key = self.authenticate(root)
         groups = (
             StoredGroup(
                 group.id,
