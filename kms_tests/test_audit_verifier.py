@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import given
@@ -234,7 +234,7 @@ def test_with_debris_excused_anywhere_an_edit_would_be_missed(log: Writer, monke
 # What is found, in words
 
 
-def _one(files: list[bytes], head: Head | None = None) -> str:
+def _one(files: Sequence[bytes | bytearray], head: Head | None = None) -> str:
     report = verified(files, head=head)
     assert report.count == 1, told(report)
     return told(report)[0]

@@ -97,6 +97,9 @@ class Verifier:
 
     def begin(self, file: str) -> None:
         """The lines of `file` follow."""
+        if self.spans and not self._line:
+            # The newest one is, until SIGHUP comes.
+            self.find(self._file, 0, "is empty: each file of a log but the newest holds its first record at least")
         self.spans.append(Span(file))
         self._line = 0
         self._in_line = False

@@ -352,7 +352,8 @@ class AuditLog:
         """Take away what a write has left that failed; where it has to stay, go on behind it."""
         position = self._position
         length = os.fstat(position.descriptor).st_size
-        if length == position.length:
+        # What is there without a write of ours is not ours to take away.
+        if length == position.length or not self._write_trouble:
             return
         if length > position.length:
             with contextlib.suppress(OSError):
