@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from kms.core.audit import AuditKeys, EventRecord, decode_head
+from kms.core.audit import AuditKeys, decode_head
 from kms.core.audit_verifier import Verifier
 from kms.errors import (
     AuditLogError,
@@ -564,6 +564,18 @@ def test_it_recovers_without_a_request_when_it_is_checked(open_log: Open, path: 
     assert _events(path) == ["Start", "Recover"]
 
 
+def test_it_recovers_when_nothing_is_written(open_log: Open, path: Path, disk: Disk, clock: Clock) -> None:
+    log = open_log()
+    log.write(())
+    disk.takes = 0
+    with pytest.raises(UnavailableError):
+        log.write([operation()])
+    disk.takes = None
+    clock.now += 1
+    log.write(())
+    assert _events(path) == ["Start", "Recover"]
+
+
 def test_what_was_done_already_is_kept_and_written_at_the_recovery(
     open_log: Open, path: Path, disk: Disk, clock: Clock
 ) -> None:
@@ -971,7 +983,3 @@ def test_a_log_under_other_keys_is_not_handed_over(open_log: Open, path: Path) -
     with pytest.raises(AuditLogError), handing_over(path, audit_keys(3), audit_keys(2), generation=5):
         raise AssertionError("it must not come to the save")
     assert path.read_bytes() == before
-
-
-def test_an_event_of_the_log_needs_no_request() -> None:
-    assert EventRecord(event="Stop").unrecorded == 0

@@ -71,8 +71,7 @@ def _without_head(verifier: Verifier, newest: Path, *, needs_head: bool) -> None
         verifier.note(str(newest), 0, "has no head file beside it: whether it was cut short at its end cannot be told")
 
 
-@contextlib.contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
+def _open(path: Path) -> BinaryIO:
     try:
         # O_NONBLOCK: opening a FIFO must not hang before its kind is known.
         descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
@@ -80,10 +79,10 @@ def _open(path: Path) -> Iterator[BinaryIO]:
         raise InputMissingError(f"there is no audit log {path}; name its files, the oldest first") from None
     except OSError as error:
         raise FileAccessError(f"cannot read {path}: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise InputError(f"{path} is not a regular file; it is read twice, so unpack it into one")
-        yield file
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise InputError(f"{path} is not a regular file; it is read twice, so unpack it into one")
+    return os.fdopen(descriptor, "rb")
 
 
 def _pieces(log: BinaryIO, path: Path) -> Iterator[bytes]:

@@ -261,7 +261,7 @@ class AuditLog:
         """Append `records`, which get their number, time and generation here. Not durable before `sync`.
 
         Raises `UnavailableError` when the log is in trouble. Then they are counted as not recorded; or with `keep`, for
-        what cannot be undone any more, kept and written once it has come out of it.
+        what cannot be undone any more, kept and written once it has come out of it. With no records, it only tries that.
         """
         now = self._now()
         for record in records:
@@ -269,7 +269,8 @@ class AuditLog:
         try:
             if self._write_trouble or self._place_trouble or self._sync_trouble or self._unrecorded or self._kept:
                 self._recover()
-            self._append(records)
+            if records:
+                self._append(records)
         except UnavailableError:
             room = MAX_KEPT_RECORDS - len(self._kept) if keep else 0
             self._kept += records[:room]
