@@ -20,8 +20,10 @@ from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
 from kms.errors import SaveFailedError, SaveOutcomeUnknownError
 from kms.keystore import file
+from kms.keystore.audit_log import AuditLog
 from kms.keystore.file import KeystoreLock
 from kms.wire.messages import KeyGroupView, VersionView
+from kms_tests.audit_logs import operation
 
 GROUP = KeyGroupView("billing", 1, [VersionView(1, "ACTIVE", 1700000000)])
 
@@ -284,7 +286,7 @@ def test_change_passphrase_needs_a_keystore(home: Path, capsys: pytest.CaptureFi
     assert not home.exists()
 
 
-@pytest.mark.parametrize("command", ["", "init", "destroy-version", "change-passphrase"])
+@pytest.mark.parametrize("command", ["", "init", "destroy-version", "change-passphrase", "verify-audit"])
 def test_help_has_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*command.split(), "--help"]) == 0
     assert f"kms-admin {command}".rstrip() in capsys.readouterr().out.partition("Examples:")[2]
@@ -384,3 +386,117 @@ def test_explain_takes_the_file_it_is_told_and_knows_only_who_is_in_it(
 @pytest.mark.parametrize("operation", ["Ping", "encrypt", "*"])
 def test_explain_knows_the_operations_of_the_wire(principals: Path, operation: str) -> None:
     assert main(["explain", "--principal", "billing", "--operation", operation, "--key", "a"]) == 64
+
+
+@pytest.fixture
+def audited(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
+    """The log of an install whose passphrase is `hunter2`; each command that needs it has it in its environment."""
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["init"]) == 0
+    capsys.readouterr()
+    with KeystoreLock(home / "keystore.json") as lock:
+        keystore, keyring = file.load(lock, Secret(bytearray(b"hunter2")))
+        with AuditLog(home / "audit.log", keystore.audit_keys, generation=keyring.generation, clock=lambda: 0.5) as log:
+            log.write([operation(1), operation(2)])
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    return home / "audit.log"
+
+
+def test_verify_audit_says_what_it_has_verified(audited: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify-audit"]) == 0
+    assert capsys.readouterr() == (
+        f"{audited}: records 1 to 4, 1970-01-01T00:00:00.500000Z to 1970-01-01T00:00:00.500000Z\nauthentic: 4 records\n",
+        "",
+    )
+
+
+def test_verify_audit_in_json(audited: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--json", "verify-audit", str(audited)]) == 0
+    time = "1970-01-01T00:00:00.500000Z"
+    assert json.loads(capsys.readouterr().out) == {
+        "authentic": True,
+        "files": [{"file": str(audited), "records": 4, "first": 1, "last": 4, "begins": time, "ends": time}],
+        "findings": [],
+        "findingCount": 0,
+        "notes": [],
+    }
+
+
+def test_verify_audit_says_where_something_is_wrong(audited: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audited.write_bytes(audited.read_bytes().replace(b'"request":2', b'"request":3') + b"{")
+    assert main(["verify-audit"]) == 65
+    note, found, verdict = capsys.readouterr().out.splitlines()[1:]
+    assert note == (
+        f"note: {audited}, line 5: the last line is torn: 1 bytes of a record that a crash cut short, or is being written"
+    )
+    assert found == f"FOUND: {audited}, line 3: record 3 was altered, or one before it"
+    assert verdict == "NOT AUTHENTIC: 1 found; 3 records are"
+
+
+def test_verify_audit_takes_rotated_files_and_says_which_are_missing(
+    audited: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = audited.with_name("audit.log.1")
+    audited.rename(old)
+    with KeystoreLock(audited.with_name("keystore.json")) as lock:
+        keystore, _ = file.load(lock, Secret(bytearray(b"hunter2")))
+        AuditLog(audited, keystore.audit_keys, generation=1).close()
+    assert main(["verify-audit", str(old), str(audited)]) == 0
+    assert "records 1 to 4" in capsys.readouterr().out
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["verify-audit"]) == 0
+    assert "records 1 to 4 are not here: to verify them too, give the older files first" in capsys.readouterr().out
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["verify-audit", str(old)]) == 0
+    assert "whether it was cut short at its end cannot be told" in capsys.readouterr().out
+
+
+def test_verify_audit_of_many_findings_shows_some_and_counts_all(audited: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    audited.write_bytes(audited.read_bytes() + audited.read_bytes().splitlines(keepends=True)[1] * 50)
+    assert main(["verify-audit"]) == 65
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 + 20 + 2
+    assert lines[-2:] == ["and 30 more", "NOT AUTHENTIC: 50 found; 4 records are"]
+
+
+def test_verify_audit_needs_a_log_a_keystore_and_its_passphrase(
+    audited: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter3")
+    assert main(["verify-audit"]) == 2
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["verify-audit", str(home / "none.log")]) == 66
+    assert main(["verify-audit", "--keystore", str(home / "none.json")]) == 66
+    assert capsys.readouterr().err.count("\n") == 3
+
+
+def test_change_passphrase_hands_the_audit_log_over(
+    audited: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3")
+    assert main(["change-passphrase"]) == 0
+    assert b'"event":"ChangePassphrase"' in audited.read_bytes()
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter3")
+    assert main(["verify-audit"]) == 0
+    assert "authentic: 5 records" in capsys.readouterr().out
+
+
+def test_change_passphrase_changes_nothing_when_the_audit_log_is_of_another_keystore(
+    audited: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    audited.write_bytes(audited.read_bytes().replace(b'"Stop"', b'"Halt"'))
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3")
+    assert main(["change-passphrase"]) == 65
+    assert "move audit.log and audit.log.head away together" in capsys.readouterr().err
+    assert opens(home / "keystore.json", b"hunter2")
+
+
+def test_change_passphrase_begins_no_audit_log(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["init"]) == 0
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3")
+    assert main(["change-passphrase"]) == 0
+    assert not (home / "audit.log").exists()

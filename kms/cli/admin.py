@@ -432,8 +432,9 @@ def _show_report(report: Verifier) -> None:
     if report.count > len(report.findings):
         render.text(f"and {report.count - len(report.findings)} more")
     total = sum(span.records for span in report.spans)
-    verdict = f"NOT AUTHENTIC: {report.count} found" if report.count else "authentic"
-    render.text(f"{verdict}: {total} records verified")
+    render.text(
+        f"NOT AUTHENTIC: {report.count} found; {total} records are" if report.count else f"authentic: {total} records"
+    )
 
 
 def _passphrase(config: ServerConfig, *, new: bool) -> Secret:

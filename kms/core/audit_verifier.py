@@ -90,6 +90,7 @@ class Verifier:
         self._key = 0
         self._head = head
         self._chain: Chain | None = None
+        self._highest = 0
         self._debris: _Debris | None = None
         self._line = 0
         self._in_line = False
@@ -121,8 +122,7 @@ class Verifier:
         else:
             self._report_debris()
             self._find(self._what_is_wrong(line))
-            self._chain = Chain(line.claims.seq, line.mac)
-            self._is_first = False
+            self._end_with(line)
 
     def finish(self) -> None:
         """There are no more files."""
@@ -135,9 +135,9 @@ class Verifier:
             )
             self._debris = None
         self._report_debris()
-        if self._head is not None and self.seq < self._head.seq:
+        if self._head is not None and self._highest < self._head.seq:
             self.find(
-                self._file, 0, f"was cut short: it ends with record {self.seq}, and record {self._head.seq} was in it"
+                self._file, 0, f"was cut short: it ends with record {self._highest}, and record {self._head.seq} was in it"
             )
 
     @property
@@ -205,13 +205,17 @@ class Verifier:
                     f"{self.generation}: an older keystore was put back",
                 )
         self.generation = claims.generation
-        self._chain = Chain(claims.seq, line.mac)
-        self._is_first = False
+        self._end_with(line)
         self.spans[-1].add(line)
         if self._head is not None and claims.seq == self._head.seq and line.mac != self._head.chain.mac:
             self._find(f"record {claims.seq} is not the one that the head file names")
         self.handed_over = claims.event == "ChangePassphrase" and self._hands_over(claims.sealed_key)
         self._key += self.handed_over
+
+    def _end_with(self, line: Line) -> None:
+        self._chain = Chain(line.claims.seq, line.mac)
+        self._highest = max(self._highest, line.claims.seq)
+        self._is_first = False
 
     def _expect(self, seq: int, expected: int) -> None:
         if seq != expected:
