@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
@@ -252,3 +253,16 @@ def test_a_keystore_of_format_2_has_an_audit_log_too(data: Path, tiny: KdfParame
     install.change_passphrase(b"two")
     install.serve()
     assert told(install.verify()) == []
+
+
+def test_a_long_log_takes_no_more_memory_than_a_short_one(install: Install) -> None:
+    def peak(requests: int) -> int:
+        install.serve(requests)
+        tracemalloc.start()
+        try:
+            assert install.verify().count == 0
+            return tracemalloc.get_traced_memory()[1]
+        finally:
+            tracemalloc.stop()
+
+    assert peak(10_000) < peak(100) + 100_000

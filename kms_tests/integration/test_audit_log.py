@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -206,8 +207,8 @@ def test_on_a_full_disk_nothing_is_answered_that_is_not_in_the_log_until_there_i
             if not round_number:
                 ballast = _fill(small_disk)
                 refused = 0
+    assert server.groups() == {"default": {1: "ACTIVE"}}
     assert server.stop() == 0
-    assert server.groups_at_rest == 1 if hasattr(server, "groups_at_rest") else True
     records = _records(log)
     recorded = [
         one["requestId"] for one in records if one.get("outcome") == "ok" and one.get("requestId", "probe") != "probe"
@@ -247,11 +248,12 @@ def test_logrotate_rotates_it_as_the_manual_says(machine: Machine, log: Path) ->
     lines = [f"kill -HUP {server.pid}" if line.startswith("systemctl") else line for line in lines]
     configuration = machine.file("logrotate.conf", "\n".join(lines).encode() + b"\n")
     configuration.chmod(0o600)
+    command = [shutil.which("logrotate") or "", "--force", "--state", str(machine.root / "state"), str(configuration)]
     for _ in range(2):
-        state = str(machine.root / "state")
-        subprocess.run([shutil.which("logrotate") or "", "--force", "--state", state, str(configuration)], check=True)
+        subprocess.run(command, check=True)
         eventually("the log goes on", lambda: log.exists() and log.stat().st_size > 0)
-    old = sorted(log.parent.glob("audit.log-*")) or sorted(log.parent.glob("audit.log.[0-9]*"), reverse=True)
-    assert len([path for path in old if path.suffix not in (".head", ".lock")]) == 2
+        time.sleep(1.1)  # a rotated file's name has the second in it
+    old = sorted(log.parent.glob("audit.log-*"))
+    assert len(old) == 2
     assert server.stop() == 0
     assert _is_authentic(machine, log, *old, log)
