@@ -340,3 +340,14 @@ def test_a_log_that_hands_over_is_read_with_the_keys_behind() -> None:
     assert tail.predecessor is None
     with pytest.raises(DecryptionFailedError):
         read_tail(bytes(log.files[0]), audit_keys(3))
+
+
+def test_an_altered_record_that_hands_over_is_no_end() -> None:
+    log, _ = _log()
+    log.add(EventRecord(event="ChangePassphrase", sealed_key=log.keys.sealed_for(audit_keys(2))))
+    altered = bytes(log.files[0]).replace(
+        b'"event":"ChangePassphrase","generation":5', b'"event":"ChangePassphrase","generation":1'
+    )
+    assert altered != log.files[0]
+    with pytest.raises(DecryptionFailedError):
+        read_tail(altered, audit_keys(2))

@@ -8,12 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from cryptography.exceptions import AlreadyFinalized
 
 from kms.core.audit_verifier import Verifier
 from kms.core.derive import KdfParameters
 from kms.core.keyring import RotateGroup, apply
 from kms.core.secret import Secret
-from kms.errors import InputError, InputMissingError, SaveFailedError, WrongPassphraseError
+from kms.errors import InputError, InputMissingError, KeystoreError, SaveFailedError, WrongPassphraseError
 from kms.host import durable
 from kms.keystore import file
 from kms.keystore.audit_check import verify
@@ -255,14 +256,43 @@ def test_a_keystore_of_format_2_has_an_audit_log_too(data: Path, tiny: KdfParame
     assert told(install.verify()) == []
 
 
-def test_a_long_log_takes_no_more_memory_than_a_short_one(install: Install) -> None:
-    def peak(requests: int) -> int:
-        install.serve(requests)
-        tracemalloc.start()
-        try:
-            assert install.verify().count == 0
-            return tracemalloc.get_traced_memory()[1]
-        finally:
-            tracemalloc.stop()
+def _peak(install: Install) -> int:
+    tracemalloc.start()
+    try:
+        install.verify()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
 
-    assert peak(10_000) < peak(100) + 100_000
+
+def test_a_long_log_or_line_takes_no_more_memory_than_a_short_one(install: Install) -> None:
+    install.serve(100)
+    short = _peak(install)
+    install.serve(10_000)
+    assert _peak(install) < short + 100_000
+    with install.log.open("ab") as log:
+        log.write(b"x" * 3_000_000)
+    assert _peak(install) < short + 100_000
+
+
+def test_the_keystore_has_to_be_authentic_before_its_keys_are_used(data: Path, tiny: KdfParameters) -> None:
+    install = Install(data, tiny)
+    for keystore in (install.keystore.read_bytes(), format2.write([Group("default", 1, [Version(1, "ACTIVE")])], "one")):
+        install.keystore.write_bytes(keystore)
+        AuditReader(install.keystore, _secret(b"one"))
+        with pytest.raises(WrongPassphraseError):
+            AuditReader(install.keystore, _secret(b"two"))
+        install.keystore.write_bytes(keystore.replace(b"1700000000", b"1700000001"))
+        with pytest.raises(KeystoreError):
+            AuditReader(install.keystore, _secret(b"one"))
+
+
+def test_the_keys_are_wiped_with_the_keystore(install: Install) -> None:
+    with AuditReader(install.keystore, _secret(b"one")) as reader:
+        keys = reader.keys
+    with KeystoreLock(install.keystore) as lock:
+        keystore, _ = file.load(lock, _secret(b"one"))
+    keystore.wipe()
+    for wiped in (keys, keystore.audit_keys):
+        with pytest.raises(AlreadyFinalized):
+            wiped.mac(b"")

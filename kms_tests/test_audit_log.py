@@ -216,6 +216,28 @@ def test_the_head_never_names_what_is_not_durable(open_log: Open, path: Path, di
     assert json.loads(head_path(path).read_bytes())["seq"] == 1
 
 
+def test_the_names_of_new_files_are_made_durable(open_log: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[Path] = []
+    monkeypatch.setattr(durable, "sync_names", synced.append)
+    log = open_log()
+    assert synced == [path.parent]
+    log.write([operation()])
+    log.sync()
+    assert synced == [path.parent]
+    _rotated(path)
+    log.reopen()
+    log.sync()
+    assert synced == [path.parent] * 2
+
+
+def test_letting_go_twice_closes_nothing_of_others(log: AuditLog, path: Path) -> None:
+    log.close()
+    others = [os.open(path, os.O_RDONLY) for _ in range(5)]
+    log._let_go()
+    for descriptor in others:
+        os.close(descriptor)
+
+
 def test_closing_says_stop_and_is_durable(log: AuditLog, path: Path) -> None:
     log.write([operation()])
     log.close()
@@ -302,14 +324,21 @@ def test_a_torn_line_stays_and_is_named(open_log: Open, path: Path) -> None:
     assert b'{"seq":2,"ti\n{"seq":2,' in path.read_bytes()
     assert _records(path)[-1]["torn"] == 12
     assert _is_sound(path)
-    assert "torn" not in json.dumps(_after_one_more(open_log, path))
 
 
-def _after_one_more(open_log: Open, path: Path) -> Any:
-    """The record of a start after the one before."""
-    path.with_name("audit.log.lock").unlink()
+def test_a_torn_line_is_named_once(open_log: Open, path: Path, disk: Disk, clock: Clock) -> None:
     _crash(open_log())
-    return _records(path)[-1]
+    with path.open("ab") as file:
+        file.write(b'{"seq":2,"ti')
+    log = open_log()
+    disk.takes = 0
+    with pytest.raises(UnavailableError):
+        log.write([operation()])
+    disk.takes = None
+    clock.now += 1
+    log.check()
+    assert ["torn" in one for one in _records(path)] == [False, True, False]
+    assert _is_sound(path)
 
 
 def test_it_goes_on_after_a_crash_in_its_very_first_write(open_log: Open, path: Path) -> None:
@@ -533,6 +562,47 @@ def test_it_recovers_with_a_record_of_how_many_were_not_recorded(
     assert _is_sound(path)
 
 
+def test_it_does_not_wait_for_a_sync_to_recover(open_log: Open, disk: Disk, clock: Clock) -> None:
+    log = open_log()
+    disk.takes = 0
+    with pytest.raises(UnavailableError):
+        log.write([operation()])
+    disk.takes = None
+    raised: list[BaseException] = []
+
+    def write() -> None:
+        try:
+            log.write([operation()])
+        except UnavailableError as error:
+            raised.append(error)
+
+    with log._syncing:
+        thread = threading.Thread(target=write, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+    assert len(raised) == 1
+    clock.now += 1
+    log.write([operation()])
+
+
+def test_a_file_that_was_cut_short_while_it_could_not_be_written_does_not_recover(
+    open_log: Open, path: Path, disk: Disk, clock: Clock
+) -> None:
+    log = open_log()
+    first = path.stat().st_size
+    log.write([operation()])
+    disk.takes = 0
+    with pytest.raises(UnavailableError):
+        log.write([operation()])
+    disk.takes = None
+    os.truncate(path, first)
+    clock.now += 1
+    with pytest.raises(UnavailableError, match="what stands at its end is not what was written; move it away"):
+        log.write([operation()])
+    assert path.stat().st_size == first
+
+
 def test_it_tries_to_recover_ten_times_a_second_at_the_most(open_log: Open, disk: Disk, clock: Clock) -> None:
     log = open_log()
     disk.takes = 0
@@ -593,7 +663,7 @@ def test_what_was_done_already_is_kept_and_written_at_the_recovery(
     assert _is_sound(path)
     clock.now += 1
     log.write([operation(4)])
-    assert _events(path)[-1:] == ["Encrypt"]
+    assert _events(path) == ["Start", "Recover", "RotateKeyGroup", "Encrypt", "Encrypt"]
 
 
 def test_what_is_kept_is_bounded_and_the_rest_is_counted(

@@ -145,6 +145,13 @@ def _move_line_to_the_file_before(files: list[list[bytes]], choose: random.Rando
     return f"the first line of file {at + 1} moved to the one before"
 
 
+def _split(files: list[list[bytes]], choose: random.Random, _: list[bytes]) -> str:
+    at = choose.randrange(len(files))
+    number = choose.randrange(1, len(files[at]))
+    files[at : at + 1] = [files[at][:number], files[at][number:]]
+    return f"file {at + 1} split at line {number + 1}"
+
+
 def _remove_file(files: list[list[bytes]], choose: random.Random, _: list[bytes]) -> str:
     at = choose.randrange(1, len(files))
     del files[at]
@@ -163,6 +170,7 @@ ONE_EDIT: list[Callable[[list[list[bytes]], random.Random, list[bytes]], str]] =
     _cut_within,
     _cut_begin,
     _join,
+    _split,
     _join_other,
     _old_prefix,
     _reorder_files,
