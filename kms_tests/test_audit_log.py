@@ -453,6 +453,23 @@ def test_more_debris_than_a_crash_leaves_is_refused(open_log: Open, path: Path) 
     assert "ends with more bytes that are no records than a crash leaves" in _refusal(open_log)
 
 
+@pytest.mark.parametrize("content", [b'{"formatVersion":3}', b"[principals.billing]\n", b"secret", b"\n", b"\0{"])
+def test_a_file_that_is_no_log_is_not_appended_to(open_log: Open, path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    path.chmod(0o600)
+    assert "is another file: it does not even begin like an audit log" in _refusal(open_log)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", [b"{", b'{"seq":', b'{"seq":1,"ti', b"\0" * 4096])
+def test_what_a_crash_leaves_of_the_first_write_is(open_log: Open, path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    path.chmod(0o600)
+    open_log().close()
+    assert path.read_bytes().startswith(content + b"\n")
+    assert _is_sound(path)
+
+
 def test_of_a_long_log_only_the_end_is_read(open_log: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_log, "AUDIT_TAIL_BYTES", 2000)
     log = open_log()

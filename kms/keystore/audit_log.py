@@ -78,6 +78,9 @@ Clock = Callable[[], float]
 _APPEND: Final = os.O_RDWR | os.O_APPEND
 _MAKE: Final = _APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 
+_BEGINNING: Final = b'{"seq":'
+"""Of the first record, and so of what a crash leaves of its write; a power cut may leave zeros."""
+
 
 class Position(NamedTuple):
     """Where the log ends: in which file, behind how many bytes, with which record."""
@@ -199,7 +202,12 @@ class AuditLog:
             return tail, tail.torn
         if start:
             self._refuse("ends with more bytes that are no records than a crash leaves")
-        return None, Torn.of(raw) if raw else None
+        if not raw:
+            return None, None
+        if raw.strip(b"\0") and not raw.startswith(_BEGINNING[: len(raw)]):
+            # A keystore, perhaps, that was named by mistake: not to be appended to.
+            self._refuse("is another file: it does not even begin like an audit log")
+        return None, Torn.of(raw)
 
     def _read_head(self, predecessor: AuditKeys | None) -> Head | None:
         """The head; `predecessor` is what it may be under, where the passphrase has just been changed."""
