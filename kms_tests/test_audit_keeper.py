@@ -86,6 +86,23 @@ def test_a_log_that_is_open_is_not_opened_again(keeper: AuditKeeper) -> None:
     assert (keeper.log, keeper.trail) == (log, trail)
 
 
+def test_what_the_start_found_is_said(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keeper = keeper_of(data)
+    keeper.open(5, has_principals=False)
+    keeper.close()
+    assert caplog.messages == []
+    (data / "audit.log").write_bytes(b"{")
+    keeper = keeper_of(data, accept_rollback=True)
+    keeper.open(4, has_principals=False)
+    keeper.close()
+    name = f"the audit log {data / 'audit.log'}: "
+    assert caplog.messages == [
+        f"{name}its file was not there; it goes on in a new one, with record 3",
+        f"{name}its last write was cut short; 1 bytes of it are left, and are on record",
+        f"{name}the keystore is older: its generation is 4, after 5",
+    ]
+
+
 async def test_what_was_written_is_durable_within_a_second(keeper: AuditKeeper, autojump_clock: MockClock) -> None:
     assert keeper.log is not None
     write(keeper)

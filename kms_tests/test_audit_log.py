@@ -733,6 +733,20 @@ def test_where_nothing_can_be_cut_off_the_torn_write_is_named(
         assert _is_sound(path), takes
 
 
+def test_what_could_not_be_cut_off_at_once_is_before_the_recovery(
+    open_log: Open, path: Path, disk: Disk, clock: Clock
+) -> None:
+    log = open_log()
+    disk.may_shorten, disk.takes = False, 50
+    with pytest.raises(UnavailableError):
+        log.write([operation()])
+    disk.may_shorten, disk.takes = True, None
+    clock.now += 1
+    log.check()
+    assert ["torn" in one for one in _records(path)] == [False, False]
+    assert _is_sound(path)
+
+
 def test_it_starts_after_a_crash_where_nothing_could_be_cut_off(open_log: Open, path: Path, disk: Disk) -> None:
     log = open_log()
     disk.may_shorten, disk.takes = False, 50
@@ -936,7 +950,64 @@ def test_a_torn_write_at_the_end_of_a_full_disk_is_named_in_the_new_file(open_lo
     assert _is_sound(old, path)
 
 
+def test_what_a_failed_fsync_may_have_lost_is_named_in_the_new_file(open_log: Open, path: Path, disk: Disk) -> None:
+    log = open_log()
+    log.write([operation(1)])
+    disk.fsync_error = OSError(errno.EIO, "Input/output error")
+    with pytest.raises(UnavailableError):
+        log.sync()
+    old = _rotated(path)
+    assert log.reopen()
+    assert (_records(path)[0]["unsyncedFrom"], _records(path)[0]["unsyncedTo"]) == (2, 2)
+    assert log.is_failing
+    disk.fsync_error = None
+    log.sync()
+    assert not log.is_failing
+    assert _is_sound(old, path)
+
+
+def test_a_new_file_that_cannot_be_made_is_refused_and_the_old_one_goes_on(
+    log: AuditLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    old = _rotated(path)
+    monkeypatch.setattr(audit_log, "open_private", refuse)
+    with pytest.raises(FileAccessError, match=r"cannot begin .*audit\.log: Too many open files"):
+        log.reopen()
+    log.write([operation()])
+    assert _events(old) == ["Start", "Encrypt"]
+
+
 # A file that is not what it should be
+
+
+def test_a_directory_that_cannot_be_looked_at_is_trouble(
+    log: AuditLog, disk: Disk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> os.stat_result:
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(disk, "lstat", refuse, raising=False)
+    log.check()
+    assert log.trouble == "Permission denied"
+
+
+def test_a_lock_or_a_file_that_cannot_be_made_is_an_error(
+    open_log: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audit_log, "open_private", refuse)
+        with pytest.raises(FileAccessError, match=r"cannot use the audit log .*: No space left on device"):
+            open_log()
+    path.with_name("audit.log.lock").unlink()
+    path.with_name("audit.log.lock").mkdir()
+    with pytest.raises(FileAccessError, match="cannot lock"):
+        open_log()
 
 
 def test_a_rename_is_tolerated_for_a_while(log: AuditLog, path: Path, clock: Clock) -> None:

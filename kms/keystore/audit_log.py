@@ -133,6 +133,8 @@ class AuditLog:
         self._dirty_since = monotonic()
         self._lock = _hold(path)
         self._position = Position(-1, 0, NEW_CHAIN, 0)
+        self.remarks: Final[list[str]] = []
+        """What the start found that whoever runs the server should know."""
         try:
             first = self._open(accept_rollback=accept_rollback)
             if successor is not None:
@@ -166,6 +168,12 @@ class AuditLog:
         else:
             chain, generation = (head.chain, head.generation) if head is not None else (NEW_CHAIN, 0)
             first.previous = to_text(chain.mac).decode() if chain.seq else ""
+            if chain.seq:
+                self.remarks.append(f"its file was not there; it goes on in a new one, with record {chain.seq + 1}")
+        if self._torn is not None:
+            self.remarks.append(
+                f"its last write was cut short; {self._torn.length} bytes of it are left, and are on record"
+            )
         if self.generation < generation:
             if not accept_rollback:
                 raise AuditLogError(
@@ -175,6 +183,7 @@ class AuditLog:
                     "go on with this one, start with --accept-rollback"
                 )
             first.accepted_rollback = True
+            self.remarks.append(f"the keystore is older: its generation is {self.generation}, after {generation}")
         self._position = self._position._replace(chain=chain, generation=generation)
         self._synced = self._head_seq = chain.seq
         if chain.seq and head is None:

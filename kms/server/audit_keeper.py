@@ -46,6 +46,8 @@ class AuditKeeper:
             return
         self.log = AuditLog(config.audit_log, self._keys, generation=generation, accept_rollback=config.accept_rollback)
         self.trail = AuditTrail(self.log, config.audit_data)
+        for remark in self.log.remarks:
+            log.warning("the audit log %s: %s", self.log.path, remark)
 
     async def run(self) -> None:
         """Make durable what was written, and look after the file, until cancelled."""
