@@ -30,7 +30,7 @@ from kms.server.handlers import Handlers
 from kms.server.middleware import Authenticator, RequestPipeline
 from kms.server.served import Peer
 from kms.wire import messages
-from kms_tests.integration.processes import Machine, Outcome, Server, Wire
+from kms_tests.integration.processes import Machine, Outcome, Server, Wire, eventually
 from kms_tests.secrets.canaries import forms, leaked, text
 from kms_tests.secrets.memory import Launcher, true_keys
 
@@ -41,6 +41,7 @@ WIRE_CODES: Final = {
     "DecryptionFailed",
     "FrameTooLarge",
     "InternalError",
+    "Unavailable",
 }
 PLAINTEXT: Final = text("plaintext")
 API_TOKEN: Final = text("api-token")
@@ -198,13 +199,27 @@ def go_through_every_refusal(watch: Watch, server: Server) -> None:
         watch.heard(wire.reply())
 
 
+def go_through_what_is_not_on_record(watch: Watch, server: Server) -> None:
+    """The audit log of all that went before, and requests once it cannot be written."""
+    log = server.machine.data / "audit.log"
+    watch.places["the audit log"] = log.read_bytes()
+    assert b'"operation":"ReEncrypt"' in watch.places["the audit log"]
+    log.unlink()
+    eventually("it is noticed", lambda: "cannot be written: its file was removed" in server.stderr)
+    with server.unix() as wire:
+        watch.ask(wire, type="Encrypt", token=API_TOKEN, plaintext=base64(PLAINTEXT))
+        watch.ask(wire, type="RotateKeyGroup", token=ADMIN_TOKEN, keyId="default")
+
+
 every_format = pytest.mark.parametrize("log_format", LOG_FORMATS)
 
 
 @every_format
 def test_a_server_says_no_secret_whatever_it_is_asked(secret_machine: Machine, watch: Watch, log_format: str) -> None:
-    server = secret_machine.start("--log-format", log_format)
+    log = secret_machine.data / "audit.log"
+    server = secret_machine.start("--log-format", log_format, "--audit-log", str(log))
     go_through_every_refusal(watch, server)
+    go_through_what_is_not_on_record(watch, server)
     watch.look_at(server)
     assert watch.codes == WIRE_CODES - {"Unauthorized", "InternalError"}
     watch.assert_nothing_leaked()
@@ -215,9 +230,11 @@ def test_a_server_with_bugs_and_a_strict_policy_says_no_secret_either(
     secret_machine: Machine, watch: Watch, log_format: str
 ) -> None:
     launcher = Launcher(secret_machine, WITH_A_BUG_AND_A_POLICY)
-    with launcher.start("--tcp-port=0", f"--log-format={log_format}") as process:
+    log = secret_machine.data / "audit.log"
+    with launcher.start("--tcp-port=0", f"--log-format={log_format}", f"--audit-log={log}") as process:
         server = launcher.server(process)
         go_through_every_refusal(watch, server)
+        go_through_what_is_not_on_record(watch, server)
         # The launcher's own text stands in the command line; it has no canary.
         watch.look_at(server)
     assert watch.codes == WIRE_CODES
