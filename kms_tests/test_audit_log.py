@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kms.core.audit import AuditKeys, decode_head
 from kms.core.audit_verifier import Verifier
@@ -314,6 +316,30 @@ def test_it_goes_on_after_a_crash_at_any_byte_of_a_write(open_log: Open, path: P
         assert report.count == 0, (length, told(report))
         whole = written[:length].count(b"\n") + (length + 1 in (len(lines(written)[0]), len(written)))
         assert report.seq == 1 + whole + 2
+
+
+@given(st.data())
+def test_it_goes_on_after_a_power_cut_that_left_zeros_or_a_part_of_what_was_not_durable(
+    open_log: Open, path: Path, data: st.DataObject
+) -> None:
+    for file in (path, head_path(path)):
+        file.unlink(missing_ok=True)
+    log = open_log()
+    log.write([operation(1)])
+    log.sync(force=True)
+    durable_bytes, head = path.read_bytes(), head_path(path).read_bytes()
+    log.write([operation(number) for number in range(4)])
+    rest = path.read_bytes()[len(durable_bytes) :]
+    _crash(log)
+    cut = data.draw(st.integers(0, len(rest)))
+    left = rest[:cut] + b"\0" * data.draw(st.integers(0, 9000))
+    path.write_bytes(durable_bytes + left)
+    head_path(path).write_bytes(head)
+    again = open_log()
+    again.write([operation(9)])
+    _crash(again)
+    assert path.read_bytes().startswith(durable_bytes + left)
+    assert _is_sound(path)
 
 
 def test_a_torn_line_stays_and_is_named(open_log: Open, path: Path) -> None:
