@@ -6,6 +6,7 @@ import os
 import secrets
 import shutil
 import subprocess
+from itertools import chain
 from pathlib import Path
 
 import nox
@@ -125,7 +126,9 @@ def coverage(session: nox.Session) -> None:
 @nox.session
 def minimums(session: nox.Session) -> None:
     """The unit tests with the lowest versions that pyproject allows."""
-    floors = [requirement.replace(">=", "==") for requirement in PROJECT["project"]["dependencies"]]
+    project = PROJECT["project"]
+    requirements = [*project["dependencies"], *chain.from_iterable(project["optional-dependencies"].values())]
+    floors = [requirement.replace(">=", "==") for requirement in requirements]
     # Not in the session's temp directory: that becomes TMPDIR, and may be too deep for the tests' Unix sockets.
     constraints = Path(session.virtualenv.location, "minimums.txt")
     constraints.write_text("\n".join(floors) + "\n", encoding="utf-8")
@@ -150,6 +153,7 @@ def serve(session: nox.Session) -> None:
         "XDG_DATA_HOME": str(DEVELOPMENT),
         "MINIKMS_PRINCIPALS": None,
         "MINIKMS_UNIX_SOCKET_GROUP": None,
+        "MINIKMS_METRICS_PORT": None,
         # A value in the environment would win over the files.
         "MINIKMS_API_TOKEN": None,
         "MINIKMS_ADMIN_TOKEN": None,

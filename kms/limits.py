@@ -42,6 +42,20 @@ MAX_KEY_GROUPS: Final = 100_000
 """A keyring lives in memory and is written whole at each save."""
 MAX_VERSIONS_PER_GROUP: Final = 10_000
 
+# Metrics. Prometheus asks every few seconds, on one connection.
+
+MAX_SCRAPES: Final = 8
+"""Connections to the metrics at once."""
+MAX_SCRAPE_REQUEST_BYTES: Final = 1 << 13
+"""A request line and its headers; Prometheus sends 400 bytes."""
+SCRAPE_REQUEST_TIMEOUT: Final = 5.0
+SCRAPE_ANSWER_TIMEOUT: Final = 5.0
+EXPOSITION_LIFETIME: Final = 1.0
+"""One text of the metrics serves all who ask within this time. To make it takes milliseconds of the interpreter's lock,
+which whoever asked without end would take from the data plane."""
+MAX_METERED_GROUPS: Final = 1000
+"""Key groups that have counters of their own; the others share one. Each has a line for each operation, in every scrape."""
+
 # Names and secrets.
 
 DEFAULT_KEY_GROUP: Final = "default"

@@ -13,7 +13,7 @@ import rich_click as click
 
 from kms.cli.prompt import obtain
 from kms.errors import ConfigError, FileAccessError, InputError, InputMissingError
-from kms.host import streams
+from kms.host import package, streams
 from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT
 from kms.server.config import data_directory
 
@@ -95,21 +95,12 @@ def version_option(command: F) -> F:
 
     def show(context: click.Context, _parameter: click.Parameter, value: bool) -> None:  # noqa: FBT001 - click's signature
         if value:
-            click.echo(f"{context.info_name} {_version()}")
+            click.echo(f"{context.info_name} {package.version()}")
             context.exit()
 
     return click.option(
         "--version", is_flag=True, is_eager=True, expose_value=False, callback=show, help="Show the version and exit."
     )(command)
-
-
-def _version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("mini-kms")
-    except PackageNotFoundError:
-        return "(run from its source)"
 
 
 def epilog(program: str, *lines: str) -> str:

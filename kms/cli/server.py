@@ -75,6 +75,10 @@ _STANDARD_ERROR: Final = 2
 @click.option("--max-frame-bytes", metavar="N", help="Longest request line. [MINIKMS_MAX_FRAME_BYTES or 1048576]")
 @click.option("--idle-timeout-ms", metavar="N", help="Until an idle client is cut off. [MINIKMS_IDLE_TIMEOUT_MS or 30000]")
 @click.option("--max-connections", metavar="N", help="Over both listeners. [MINIKMS_MAX_CONNECTIONS or 256]")
+@click.option(
+    "--metrics-port", metavar="N", help="Prometheus metrics on 127.0.0.1; 0 is any free port. [MINIKMS_METRICS_PORT]"
+)
+@click.option("--metrics-groups", is_flag=True, help="Name key groups in the metrics.")
 @click.option("--no-tcp", is_flag=True, help="Do not listen on TCP.")
 @click.option("--no-unix", is_flag=True, help="Do not listen on a Unix socket.")
 @version_option

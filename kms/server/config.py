@@ -6,6 +6,7 @@ import grp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,6 +28,7 @@ ENVIRONMENT: Final = {
     "idle_timeout_ms": "MINIKMS_IDLE_TIMEOUT_MS",
     "max_connections": "MINIKMS_MAX_CONNECTIONS",
     "log_format": "MINIKMS_LOG_FORMAT",
+    "metrics_port": "MINIKMS_METRICS_PORT",
 }
 """Which environment variable stands in for which flag."""
 
@@ -68,6 +70,9 @@ class ServerConfig:
     idle_timeout: float
     """Seconds."""
     max_connections: int
+    metrics_port: int | None
+    metrics_groups: bool
+    """Whether the metrics name key groups."""
 
     def keeps_audit(self, *, has_principals: bool) -> bool:
         """Whether an audit log is kept, given whether there is a file of principals."""
@@ -96,6 +101,8 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
     unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
     principals = source.optional_path("principals", None)
     audit_log = source.optional_path("audit_log", None)
+    metrics_port, metrics_groups = source.optional_number("metrics_port", 0, 65535), bool(flags.get("metrics_groups"))
+    _check_metrics(metrics_port, groups=metrics_groups)
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     credential = _if_exists(Path(credentials) / "passphrase") if credentials else None
     return ServerConfig(
@@ -118,12 +125,28 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         ),
         idle_timeout=source.number("idle_timeout_ms", int(limits.IDLE_TIMEOUT * 1000), 1, 24 * 3600 * 1000) / 1000,
         max_connections=source.number("max_connections", limits.MAX_CONNECTIONS, 1, limits.MAX_CONNECTIONS_CEILING),
+        metrics_port=metrics_port,
+        metrics_groups=metrics_groups,
     )
 
 
 def log_format(flags: Mapping[str, Any], environ: Mapping[str, str]) -> str:
     """Which of `LOG_FORMATS` is asked for; raises `ConfigError`. Apart from the rest, whose errors are said in it."""
     return _Source(flags, environ).choice("log_format", LOG_FORMATS)
+
+
+_METRICS_NEED: Final = ("prometheus_client", "h11")
+
+
+def _check_metrics(port: int | None, *, groups: bool) -> None:
+    if port is None:
+        if groups:
+            raise ConfigError("--metrics-groups: there are no metrics without --metrics-port; give both")
+        return
+    if not all(map(find_spec, _METRICS_NEED)):
+        raise ConfigError(
+            "--metrics-port: what it needs is not installed; install it with: pip install 'mini-kms[metrics]'"
+        )
 
 
 class _Source:
@@ -142,9 +165,13 @@ class _Source:
         return self._environ.get(variable) or None, variable
 
     def number(self, name: str, default: int, low: int, high: int) -> int:
+        number = self.optional_number(name, low, high)
+        return default if number is None else number
+
+    def optional_number(self, name: str, low: int, high: int) -> int | None:
         value, origin = self._find(name)
         if value is None:
-            return default
+            return None
         try:
             number = int(value)
         except ValueError:

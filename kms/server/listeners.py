@@ -18,8 +18,8 @@ from kms.host.private import check_shared_directory, make_private_directory
 from kms.limits import ACCEPT_BACKLOG, DEFAULT_TCP_HOST
 
 
-def open_tcp(port: int) -> tuple[trio.SocketListener, int]:
-    """A listener on 127.0.0.1 and its port; 0 asks for any free one. Raises `ConfigError`.
+def open_tcp(port: int, flag: str = "--tcp-port") -> tuple[trio.SocketListener, int]:
+    """A listener on 127.0.0.1 and its port; 0 asks for any free one. Raises `ConfigError`, which names `flag`.
 
     Only loopback: the protocol has no encryption of its own.
     """
@@ -31,9 +31,7 @@ def open_tcp(port: int) -> tuple[trio.SocketListener, int]:
         sock.listen(ACCEPT_BACKLOG)
     except OSError as error:
         sock.close()
-        raise ConfigError(
-            f"cannot listen on {DEFAULT_TCP_HOST}:{port}: {error.strerror}; choose another --tcp-port"
-        ) from None
+        raise ConfigError(f"cannot listen on {DEFAULT_TCP_HOST}:{port}: {error.strerror}; choose another {flag}") from None
     return trio.SocketListener(trio.socket.from_stdlib_socket(sock)), int(sock.getsockname()[1])
 
 
