@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,26 @@ def test_the_audit_log_is_in_the_data_directory_unless_it_is_named() -> None:
     assert (config.audit_log, config.audit_log_named) == (Path("/flag"), True)
 
 
+def test_metrics_are_off_until_they_have_a_port() -> None:
+    config = resolve({}, HOME)
+    assert (config.metrics_port, config.metrics_groups) == (None, False)
+    assert resolve({}, {**HOME, "MINIKMS_METRICS_PORT": "2000"}).metrics_port == 2000
+    config = resolve({"metrics_port": "0", "metrics_groups": True}, {**HOME, "MINIKMS_METRICS_PORT": "2000"})
+    assert (config.metrics_port, config.metrics_groups) == (0, True)
+    with pytest.raises(ConfigError, match="without --metrics-port"):
+        resolve({"metrics_groups": True}, HOME)
+
+
+@pytest.mark.parametrize("missing", ["prometheus_client", "h11"])
+def test_metrics_without_what_they_need_are_refused_with_the_way_to_install_it(
+    monkeypatch: pytest.MonkeyPatch, missing: str
+) -> None:
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match=r"pip install 'mini-kms\[metrics\]'"):
+        resolve({"metrics_port": 0}, HOME)
+    assert resolve({}, HOME).metrics_port is None
+
+
 def test_the_group_of_the_Unix_socket_is_named_and_has_to_exist() -> None:
     groups = grp.getgrall()[:2]
     assert resolve({}, HOME).unix_socket_gid is None
@@ -115,6 +136,8 @@ def test_no_tcp_and_no_unix_turn_a_listener_off_and_both_off_is_an_error() -> No
         ({"max_frame_bytes": 10}, {}),
         ({"max_connections": 0}, {}),
         ({"idle_timeout_ms": 0}, {}),
+        ({"metrics_port": 65536}, {}),
+        ({}, {"MINIKMS_METRICS_PORT": "http"}),
     ],
 )
 def test_a_value_out_of_its_range_is_refused_and_names_where_it_came_from(

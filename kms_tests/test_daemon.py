@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -13,7 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trio
 from trio._socket import _SocketType
+from trio.testing import wait_all_tasks_blocked
 
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
@@ -341,6 +344,31 @@ async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_end
         await crowd.serve(ours, "unix")
         assert theirs.recv(10) == b""
     assert "a connection failed: OSError" in caplog.text
+
+
+async def test_connections_are_counted_by_transport() -> None:
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
+    with contextlib.ExitStack() as held:
+        async with trio.open_nursery() as nursery:
+            clients = []
+            for transport in ("unix", "tcp", "tcp"):
+                ours, theirs = socket.socketpair()
+                ours.settimeout(0)
+                clients.append(held.enter_context(theirs))
+                nursery.start_soon(crowd.serve, ours, transport)
+                await wait_all_tasks_blocked()
+            assert (crowd.open, crowd.refused) == ({"unix": 1, "tcp": 1}, {"tcp": 1})
+            clients[0].close()
+            await wait_all_tasks_blocked()
+            assert crowd.open == {"unix": 0, "tcp": 1}
+            clients[1].sendall(b"fails\n")
+        assert crowd.open == {"unix": 0, "tcp": 0}
+        assert crowd.accepted == {"unix": 1, "tcp": 1}
+        crowd.drain()
+        ours, theirs = socket.socketpair()
+        held.enter_context(theirs)
+        await crowd.serve(ours, "unix")
+        assert (crowd.refused, crowd.accepted) == ({"tcp": 1}, {"unix": 1, "tcp": 1}), "the end of all is no refusal"
 
 
 async def test_a_connection_that_arrives_while_draining_is_closed() -> None:

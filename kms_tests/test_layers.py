@@ -131,5 +131,11 @@ def test_nothing_is_pickled_evaluated_or_run_through_a_shell(path: Path) -> None
     assert not {"eval", "exec", "os.system"} & set(_calls(path))
 
 
+@every_source
+def test_what_the_metrics_need_is_an_extra_that_nothing_else_imports(path: Path) -> None:
+    if _id(path) not in ("kms/server/metrics.py", "kms/server/metrics_listener.py"):
+        assert not {"prometheus_client", "h11"} & {name.split(".")[0] for name in _imports(path)}
+
+
 def test_every_layer_is_known_here() -> None:
     assert {_layer(path) for path in SOURCES} == {*MAY_IMPORT, "__init__"}

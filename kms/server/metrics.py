@@ -200,7 +200,7 @@ class AuditLag(Protocol):
 
     @property
     def written(self) -> int:
-        """Records since the server started."""
+        """The number of the last record."""
         ...
 
     @property
@@ -347,7 +347,7 @@ def _versions_by_status(keyring: Keyring) -> dict[VersionStatus, int]:
 
 
 def _audit_families(audit: AuditLag) -> Iterator[Metric]:
-    yield CounterMetricFamily("minikms_audit_records", "Audit records written since the start.", audit.written)
+    yield CounterMetricFamily("minikms_audit_records", "Audit records written: the number of the last.", audit.written)
     yield GaugeMetricFamily("minikms_audit_unsynced_records", "Audit records not yet durable.", audit.unsynced)
     yield GaugeMetricFamily(
         "minikms_audit_unsynced_seconds", "Age of the oldest audit record not yet durable.", audit.unsynced_age

@@ -71,6 +71,7 @@ def elsewhere(machine: Machine, name: str, token: bytes) -> dict[str, str]:
         "log_format": "json",
         "audit_log": str(place / "store" / "audit.log"),
         "audit_data": "refused",
+        "metrics_port": "0",
     }
 
 
@@ -84,6 +85,7 @@ def observe(machine: Machine, flags: dict[str, str], environment: dict[str, str 
     with server.unix() as known_by_its_uid:
         assert known_by_its_uid.ask(type="Health")["status"] == "ok"
     assert server.port not in (0, 9123)
+    assert "metrics on http://127.0.0.1:" in server.stderr
     assert (place / "store" / "keystore.json.lock").read_text(encoding="ascii").strip() == str(server.pid)
     with server.unix() as wire, server.tcp() as second:
         assert wire.ask(type="Health", token=f"{name} api")["status"] == "ok"
@@ -159,6 +161,7 @@ def test_a_secret_that_nothing_gives_is_asked_for_and_without_a_terminal_refused
         ("--idle-timeout-ms", "0"),
         ("--max-connections", "-1"),
         ("--log-format", "xml"),
+        ("--metrics-port", "65536"),
         ("--unix-socket", "/tmp/" + "x" * 103),
     ],
 )
