@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import urllib.request
 from textwrap import dedent
 from typing import Any
 
-from kms_tests.integration.processes import ROOT, Machine, Server
+from kms_tests.integration.processes import DEADLINE, ROOT, Machine, Server
 
 ANY = "…"
 CONTROL = {"CreateKeyGroup", "RotateKeyGroup", "ListKeyGroups", "DisableVersion", "EnableVersion", "DestroyVersion"}
@@ -98,6 +99,23 @@ def test_the_file_of_principals_of_the_readme_is_explained_as_it_is_shown(machin
         assert told.stdout.decode() == lines[number + 1] + "\n"
         assert told.status == (0 if lines[number + 1].startswith("allowed") else 1)
     assert machine.start().stop() == 0
+
+
+def test_the_metrics_are_those_that_the_readme_shows(machine: Machine) -> None:
+    (shown,) = blocks_after("Watching it", "::")
+    command, _, expected = shown.partition("curl ")[2].partition("\n")
+    pattern = shlex.split(command)[-1]
+    server = machine.start("--metrics-port", "0")
+    with server.unix() as wire:
+        for _ in range(3):
+            wire.ask(type="Encrypt", token=machine.api_token, plaintext="aGk=")
+        wire.ask(type="Encrypt", token="wrong", plaintext="aGk=")
+        wire.ask(type="RotateKeyGroup", token=machine.admin_token, keyId="default")
+    found = re.search(r"metrics on (\S+)", server.stderr)
+    assert found is not None
+    with urllib.request.urlopen(found[1], timeout=DEADLINE) as answer:
+        lines = answer.read().decode().splitlines()
+    assert "".join(f"{line}\n" for line in lines if re.search(pattern, line)) == expected.rstrip() + "\n"
 
 
 def test_what_the_readme_shows_of_new_token_is_what_it_says(machine: Machine) -> None:
