@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -240,6 +241,11 @@ def served(service: Service, *flags: str) -> None:
                 assert wire.ask(type="Decrypt", token=token, ciphertext=ciphertext)["plaintext"] == "aGVsbG8="
                 rotated = wire.ask(type="RotateKeyGroup", token=server.machine.admin_token, keyId="default")
                 assert rotated["status"] == "ok"
+        if "--metrics-port" in flags:
+            found = re.search(r"metrics on (\S+)", server.stderr)
+            assert found is not None
+            with urllib.request.urlopen(found[1], timeout=DEADLINE) as answer:
+                assert b"process_open_fds " in answer.read()
         (reload,) = settings()["ExecReload"]
         assert reload == "/bin/kill -HUP $MAINPID"
         tell(server, signal.SIGHUP)
@@ -253,13 +259,17 @@ def served(service: Service, *flags: str) -> None:
         service.manager.close()
 
 
-@pytest.mark.parametrize("unit_file", [UNIT, DROP_IN], ids=["without TCP", "with TCP"])
-def test_the_server_works_as_the_unit_runs_it(machine: Machine, unit_file: Path) -> None:
+@pytest.mark.parametrize(
+    ("unit_file", "more"),
+    [(UNIT, ()), (DROP_IN, ()), (DROP_IN, ("--metrics-port", "0"))],
+    ids=["without TCP", "with TCP", "with metrics"],
+)
+def test_the_server_works_as_the_unit_runs_it(machine: Machine, unit_file: Path, more: tuple[str, ...]) -> None:
     program_path, *flags = settings(unit_file)["ExecStart"][-1].split()
     assert program_path == SERVER
     places = {"/run/mini-kms/kms.sock": str(machine.socket), "9123": "0"}
     service = Service(machine)
-    served(service, *(places.get(flag, flag) for flag in flags))
+    served(service, *(places.get(flag, flag) for flag in flags), *more)
     calls = service.calls()
     assert {"mlockall", "fsync", "sendto"} <= calls, "the record is not that of a server at work"
     assert calls - allowed_calls(settings()["SystemCallFilter"]) == set()
