@@ -221,8 +221,10 @@ async def test_one_connection_too_many_is_closed_as_it_comes_and_a_free_place_is
             await client.send_all(GET)
             clients.append(client)
         await wait_all_tasks_blocked()
-        async with connected(scrapes) as ninth:
-            assert await read_to_end(ninth) == b""
+        start = trio.current_time()
+        async with connected(scrapes) as one_too_many:
+            assert await read_to_end(one_too_many) == b""
+        assert trio.current_time() == start
         pages.gate.set()
         for client in clients:
             assert b"the page" in await read_to_end(client)
