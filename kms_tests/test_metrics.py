@@ -79,7 +79,7 @@ class World:
         self.server.pipeline.observers = self.meters.observers()
         self.store = Store()
         self.metered = self.meters.metered(self.store)
-        self.collector = self.meters.collector("1.2.3", self.server.manager, Connections(), audit)
+        self.collector = self.meters.collector("1.2.3", self.server.manager, Connections(), lambda: audit)
 
     def samples(self) -> dict[tuple[str, Labels], float]:
         """Every sample that Prometheus would take, by its name and labels."""

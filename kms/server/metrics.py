@@ -16,7 +16,7 @@ from __future__ import annotations
 import resource
 import time
 from bisect import bisect_left
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
@@ -193,7 +193,7 @@ class Connections(Protocol):
 
 
 class AuditLag(Protocol):
-    """What is known of the audit log."""
+    """What is known of an audit log."""
 
     @property
     def is_failing(self) -> bool: ...
@@ -230,9 +230,10 @@ class ServerCollector(Collector):
         saves: SaveMeter,
         keyring: KeyringHolder,
         connections: Connections,
+        audit: Callable[[], AuditLag | None],
         groups: GroupMeter | None = None,
-        audit: AuditLag | None = None,
     ) -> None:
+        """`audit` gives the audit log if one is kept by now."""
         self._version = version
         self._requests = requests
         self._saves = saves
@@ -256,8 +257,9 @@ class ServerCollector(Collector):
         yield from self._connection_families()
         yield from self._save_families()
         yield from self._keyring_families()
-        if self._audit is not None:
-            yield from _audit_families(self._audit)
+        audit = self._audit()
+        if audit is not None:
+            yield from _audit_families(audit)
         yield from self._process_families()
 
     def _request_families(self) -> Iterator[Metric]:
@@ -373,9 +375,9 @@ class Meters:
         return MeteredStore(store, self._saves)
 
     def collector(
-        self, version: str, keyring: KeyringHolder, connections: Connections, audit: AuditLag | None = None
+        self, version: str, keyring: KeyringHolder, connections: Connections, audit: Callable[[], AuditLag | None]
     ) -> ServerCollector:
-        """What a scrape reads."""
+        """What a scrape reads; `audit` gives the audit log if one is kept by then."""
         return ServerCollector(
             version=version,
             requests=self._requests,

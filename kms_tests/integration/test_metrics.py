@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from kms_tests.integration.processes import DEADLINE, Machine, Server
+from kms_tests.integration.processes import DEADLINE, Machine, Server, eventually
 from kms_tests.secrets.canaries import leaked, text
 
 FRESH = "from kms import limits; limits.EXPOSITION_LIFETIME = 0"
@@ -158,6 +158,30 @@ def test_no_secret_and_no_name_is_shown_but_those_of_groups_when_they_are_asked_
     assert leaked(secrets, {"page": page.encode()}) == named
     shown = values(page, "minikms_group_requests_total")
     assert shown == ({(canaries["group"], kind): 1 for kind in ("CreateKeyGroup", "Encrypt")} if flags else {})
+
+
+def test_the_audit_log_is_watched_from_when_there_is_one(machine: Machine) -> None:
+    server = machine.start("--metrics-port", "0", change=FRESH)
+    assert "minikms_audit" not in scrape(server)
+    principals = machine.data / "principals.toml"
+    principals.touch(0o600)
+    server.process.send_signal(signal.SIGHUP)
+    eventually("the log is kept", lambda: "minikms_audit_records_total" in scrape(server))
+    before = values(scrape(server), "minikms_audit_records_total")[()]
+    with server.unix() as wire:
+        for _ in range(5):
+            assert wire.ask(type="Encrypt", token=machine.api_token, plaintext="aGk=")["status"] == "ok"
+    page = scrape(server)
+    assert values(page, "minikms_audit_records_total")[()] == before + 5
+    assert values(page, "minikms_audit_failing") == {}
+    eventually("all is durable", lambda: values(scrape(server), "minikms_audit_unsynced_records") == {})
+    assert values(scrape(server), "minikms_audit_unsynced_seconds") == {}
+    (machine.data / "audit.log").rename(machine.data / "gone")
+    eventually("it fails", lambda: values(scrape(server), "minikms_audit_failing") == {(): 1})
+    with server.unix() as wire:
+        refused = wire.ask(type="Encrypt", token=machine.api_token, plaintext="aGk=")
+    assert refused["errorCode"] == "Unavailable"
+    assert values(scrape(server), "minikms_requests_total")["Encrypt", "Unavailable", "data"] == 1
 
 
 def test_without_the_flag_nothing_more_listens_and_nothing_more_is_imported(machine: Machine) -> None:
