@@ -29,14 +29,13 @@ from prometheus_client.utils import floatToGoString
 
 from kms.core import ciphertext
 from kms.core.keyring import Keyring, Mint, VersionStatus
-from kms.core.policy import Plane
 from kms.errors import SaveFailedError, WireError
 from kms.limits import MAX_METERED_GROUPS
 from kms.server.actor import KeyringStore
 from kms.server.handlers import group_of
 from kms.server.local_provider import KeyringHolder
 from kms.server.served import Observer, Served
-from kms.wire.messages import AnyRequest, Decrypt, Request
+from kms.wire.messages import AnyRequest, Decrypt, Encrypt, GenerateDataKey, GroupRequest, ReEncrypt, Request
 
 UNKNOWN: Final = "unknown"
 """Operation and plane of a request whose type could not be told."""
@@ -95,14 +94,10 @@ class RequestMeter:
         self.operations = (*by_operation.values(), self._unknown)
 
     def observe(self, served: Served) -> None:
-        """Count one request; it takes 0.28 us."""
+        """Count one request; it takes 0.3 us."""
         meter = self._by_kind[served.kind]
         meter.outcomes[OK if served.error is None else served.error.code] += 1
-        # Not through `Durations.add`: the call alone is a fifth of all this.
-        seconds = perf_counter() - served.began
-        durations = meter.durations
-        durations.counts[bisect_left(BUCKETS, seconds)] += 1
-        durations.seconds += seconds
+        meter.durations.add(perf_counter() - served.began)
 
 
 class GroupMeter:
@@ -112,7 +107,7 @@ class GroupMeter:
     """
 
     def __init__(self) -> None:
-        self._counts: dict[tuple[str, str], int] = {}
+        self._counts: dict[tuple[str, type[Request]], int] = {}
         self._groups: set[str] = set()
 
     def observe(self, served: Served) -> None:
@@ -128,21 +123,25 @@ class GroupMeter:
                 self._groups.add(group)
             else:
                 group = ""  # no group's name is blank, so this one stands for the others
-        key = (group, request.operation.value)
+        # Not by the operation's name, as an enum's `value` takes 0.1 us.
+        key = (group, type(request))
         self._counts[key] = self._counts.get(key, 0) + 1
 
     def counts(self) -> Mapping[tuple[str, str], int]:
         """How many requests each (group, operation) has had so far."""
-        return self._counts.copy()
+        return {(group, kind.operation.value): count for (group, kind), count in self._counts.copy().items()}
 
 
 def _group(request: Request) -> str | None:
-    if isinstance(request, Decrypt):
-        return ciphertext.group(request.ciphertext)
-    if not hasattr(request, "key_id"):
-        return None
-    key_id: str | None = request.key_id
-    return group_of(key_id) if request.plane is Plane.DATA else key_id
+    match request:
+        case Decrypt():
+            return ciphertext.group(request.ciphertext)
+        case Encrypt() | GenerateDataKey() | ReEncrypt():
+            return group_of(request.key_id)
+        case GroupRequest():
+            return request.key_id
+        case _:
+            return None
 
 
 class SaveMeter:
