@@ -47,7 +47,7 @@ MAX_VERSIONS_PER_GROUP: Final = 10_000
 MAX_SCRAPES: Final = 8
 """Connections to the metrics at once."""
 MAX_SCRAPE_REQUEST_BYTES: Final = 1 << 13
-"""A request line and its headers; Prometheus sends 400 bytes."""
+"""A request line and its headers, of which Prometheus sends a few hundred bytes."""
 SCRAPE_REQUEST_TIMEOUT: Final = 5.0
 SCRAPE_ANSWER_TIMEOUT: Final = 5.0
 EXPOSITION_LIFETIME: Final = 1.0
