@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import json
 import logging
 import os
+import weakref
 from base64 import b64decode, b64encode
 from collections.abc import Awaitable, Sequence
 from typing import Any
@@ -501,3 +503,32 @@ def test_who_watches_is_told_of_every_request_once_and_in_order(server: Server) 
     ]
     assert {served.peer for served in server.seen} == {PEER}
     assert API not in repr(server.seen)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"type": "Encrypt", "token": "wrong", "plaintext": ""},
+        {"type": "Encrypt", "token": "wrong"},
+        {"type": "Encrypt", "token": API},
+        {"type": "Encrypt", "token": API, "plaintext": "", "keyId": "nobody"},
+        {"type": "Decrypt", "token": API, "ciphertext": "AA=="},
+        {"type": "Nonsense"},
+        {"type": "RotateKeyGroup", "token": "wrong", "keyId": "default"},
+        {"type": "RotateKeyGroup", "token": ADMIN, "keyId": "nobody"},
+    ],
+)
+def test_a_refusal_leaves_nothing_behind_even_before_garbage_is_collected(server: Server, request_: dict[str, Any]) -> None:
+    errors = []
+    server.pipeline.observers = (lambda served: errors.append(weakref.ref(served.error)),)
+    gc.disable()
+    try:
+        assert server.line(json.dumps(request_).encode())["status"] == "error"
+        assert [error() for error in errors] == [None]
+    finally:
+        gc.enable()
+
+
+def test_what_watchers_are_told_can_be_collected_whatever_circle_it_is_part_of(server: Server) -> None:
+    server.ask("Encrypt")
+    assert gc.is_tracked(server.seen[0])

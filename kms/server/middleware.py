@@ -234,7 +234,8 @@ class Session:
             try:
                 principal = self._pipeline.authenticator.authenticate(error.kind.plane, error.token, self._peer)
             except AuthFailedError as failure:
-                reason = failure
+                # Its traceback leads to this frame, and so back to it: a circle, that would keep the request for a while.
+                reason = failure.with_traceback(None)
         served = Served(self._peer, number, None, error.kind, principal, None, reason, began, error.request_id)
         reply = self._refuse(served, reason)
         return Rejection(reply) if error.kind is None else reply

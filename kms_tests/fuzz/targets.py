@@ -15,6 +15,7 @@ import tempfile
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, fields
+from enum import Enum
 from functools import cache
 from io import BytesIO
 from pathlib import Path
@@ -448,7 +449,7 @@ def check_config(data: bytes) -> None:
     _require(0 < config.idle_timeout <= 24 * 3600, "an impossible timeout")
     for field in fields(config):
         value = getattr(config, field.name)
-        known = type(value) in (int, float, bool, type(None)) or isinstance(value, Path)
+        known = type(value) in (int, float, bool, type(None)) or isinstance(value, Path | Enum)
         _require(known, f"{field.name} has an impossible type")
 
 
