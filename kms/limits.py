@@ -55,6 +55,22 @@ EXPOSITION_LIFETIME: Final = 1.0
 which whoever asked without end would take from the data plane."""
 MAX_METERED_GROUPS: Final = 1000
 """Key groups that have counters of their own; the others share one. Each has a line for each operation, in every scrape."""
+# What is known of the use of keys.
+
+USAGE_FLUSH_SECONDS: Final = 60.0
+"""Between two writes of the usage file, when something was counted: what a server that is killed forgets at the most."""
+USAGE_SLICE: Final = 200
+"""Changed versions that are encoded for that file before others have their turn: about 0.2 ms."""
+MAX_USAGE_BYTES: Final = 1 << 30
+"""As the keystore: a version takes about as much here as there."""
+MAX_TIMED_DISABLE_SECONDS: Final = 30 * 24 * 3600
+"""Longer than any monthly job needs to show that it still needs a key; what is to last is disabled for good."""
+MAX_TIMED_DISABLES: Final = 1000
+"""Versions that are disabled for a time at once."""
+MAX_REFUSED_NAMES: Final = 100
+"""Principals that are told apart in the report of a timed disable; the rest are counted together."""
+TIMED_DISABLE_RETRY_SECONDS: Final = 30.0
+"""Until it is tried again to enable a version whose time is over, when it could not be saved."""
 
 # Names and secrets.
 

@@ -18,6 +18,7 @@ from kms.client import blocking
 from kms.core import derive
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
+from kms.core.usage import Operations, VersionUsage
 from kms.errors import SaveFailedError, SaveOutcomeUnknownError
 from kms.keystore import file
 from kms.keystore.audit_log import AuditLog
@@ -26,6 +27,7 @@ from kms.wire.messages import KeyGroupView, VersionView
 from kms_tests.audit_logs import operation
 
 GROUP = KeyGroupView("billing", 1, [VersionView(1, "ACTIVE", 1700000000)])
+UNUSED = VersionUsage(since_epoch_sec=1700000000, operations=Operations())
 
 
 class FakeAdmin:
@@ -41,10 +43,15 @@ class FakeAdmin:
 
     def __init__(self) -> None:
         self.asked = []
+        self.described = KeyGroupView("billing", 4, [VersionView(3, "DISABLED", 1700000000, UNUSED)])
 
-    def list_key_groups(self) -> list[KeyGroupView]:
-        self.asked.append(("list",))
+    def list_key_groups(self, *, usage: bool) -> list[KeyGroupView]:
+        self.asked.append(("list", usage))
         return [GROUP]
+
+    def describe_key_group(self, key_id: str) -> KeyGroupView:
+        self.asked.append(("describe", key_id))
+        return self.described
 
     def create_key_group(self, key_id: str) -> KeyGroupView:
         self.asked.append(("create", key_id))
@@ -54,8 +61,10 @@ class FakeAdmin:
         self.asked.append(("rotate", key_id))
         return GROUP
 
-    def disable_version(self, key_id: str, version: int) -> str:
-        self.asked.append(("disable", key_id, version))
+    def disable_version(self, key_id: str, version: int, *, for_seconds: int | None) -> str:
+        self.asked.append(
+            ("disable", key_id, version) if for_seconds is None else ("disable", key_id, version, for_seconds)
+        )
         return f"{key_id} v{version} disabled"
 
     def enable_version(self, key_id: str, version: int) -> str:
@@ -138,7 +147,7 @@ def test_destroy_version_asks_first(
 def test_destroy_version_without_terminal_and_yes_does_nothing(fake: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["destroy-version", "--key", "billing", "--version", "3"]) == 64
     assert "--yes" in capsys.readouterr().err
-    assert fake.asked == []
+    assert fake.asked == [("describe", "billing")]
 
 
 def test_a_version_is_a_positive_number() -> None:

@@ -49,11 +49,13 @@ def answer(line: bytes) -> bytes:
     elif request["type"] == "GenerateDataKey":
         reply = {"status": "ok", "plaintextDataKey": "cA==", "wrappedDataKey": "dw=="}
     elif request["type"] == "ListKeyGroups":
-        reply = {"status": "ok", "keyGroups": [group]}
-    elif request["type"] in ("CreateKeyGroup", "RotateKeyGroup"):
+        reply = {"status": "ok", "keyGroups": [group] * (2 if request["usage"] else 1)}
+    elif request["type"] in ("CreateKeyGroup", "RotateKeyGroup", "DescribeKeyGroup"):
         reply = {"status": "ok", "keyGroup": group}
     else:
         reply = {"status": "ok", "detail": f"{request['type']} {request.get('version')}"}
+        if request.get("forSeconds"):
+            reply["untilEpochSec"] = request["forSeconds"]
     return json.dumps(reply).encode() + b"\n"
 
 
@@ -94,7 +96,10 @@ def test_each_operation_answers_with_its_result() -> None:
         assert client.create_key_group("g").key_id == "g"
         assert client.rotate_key_group("g").active_version == 1
         assert [group.active_version for group in client.list_key_groups()] == [1]
+        assert len(client.list_key_groups(usage=True)) == 2
+        assert client.describe_key_group("g").active_version == 1
         assert client.disable_version("g", 3) == "DisableVersion 3"
+        assert client.disable_version("g", 3, for_seconds=60) == "DisableVersion 3"
         assert client.enable_version("g", 3) == "EnableVersion 3"
         assert client.destroy_version("g", 3) == "DestroyVersion 3"
 

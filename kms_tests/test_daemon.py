@@ -114,6 +114,7 @@ def test_it_serves_until_a_signal_and_leaves_nothing_behind(server: Server, numb
     assert sorted(path.name for path in server.directory.iterdir()) == [
         "keystore.json",
         "keystore.json.lock",
+        "keystore.json.usage",
         "kms.sock.lock",
     ]
     assert all(not any(secret.view()) for secret in server.secrets), "passphrase and tokens are wiped"

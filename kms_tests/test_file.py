@@ -161,7 +161,7 @@ def test_the_lock_file_is_not_followed_through_a_link(path: Path) -> None:
     assert not path.with_name("elsewhere").exists()
 
 
-@pytest.mark.parametrize("name", [".keystore.json.tmp-0011", ".keystore.json.v2.tmp-0011"])
+@pytest.mark.parametrize("name", [".keystore.json.tmp-0011", ".keystore.json.usage.tmp-0011", ".keystore.json.v2.tmp-0011"])
 def test_a_stale_temp_file_is_removed_under_the_lock(path: Path, name: str) -> None:
     path.with_name(name).touch()
     KeystoreLock(path).close()

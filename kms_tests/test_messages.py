@@ -29,6 +29,7 @@ CONTROL: dict[str, dict[str, Any]] = {
     "CreateKeyGroup": {"keyId": "a"},
     "RotateKeyGroup": {"keyId": "a"},
     "ListKeyGroups": {},
+    "DescribeKeyGroup": {"keyId": "a"},
     "DisableVersion": {"keyId": "a", "version": 1},
     "EnableVersion": {"keyId": "a", "version": 1},
     "DestroyVersion": {"keyId": "a", "version": 1},

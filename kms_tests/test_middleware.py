@@ -10,6 +10,7 @@ import os
 import weakref
 from base64 import b64decode, b64encode
 from collections.abc import Awaitable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +37,8 @@ from kms.server.handlers import Handlers
 from kms.server.local_provider import LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, RequestPipeline
 from kms.server.served import Peer, Served
+from kms.server.trials import Trials
+from kms.server.usage import Usage
 
 API, ADMIN = "api-token-canary", "admin-token-canary"
 PEER = Peer(3, "unix")
@@ -67,9 +70,9 @@ class Manager:
         permit()
         return self._apply(RotateGroup(group))
 
-    async def disable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+    async def disable_version(self, group: str, version: int, permit: Permit, *, for_a_time: bool = False) -> KeyGroup:
         permit()
-        return self._apply(DisableVersion(group, version))
+        return self._apply(DisableVersion(group, version, for_a_time))
 
     async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
         permit()
@@ -84,6 +87,9 @@ class Manager:
             raise self.fault
         return tuple(self.current.groups.values())
 
+    def find_group(self, group: str) -> KeyGroup | None:
+        return self.current.groups.get(group)
+
 
 class Server:
     """The pipeline as a function from object to object."""
@@ -91,7 +97,9 @@ class Server:
     def __init__(self, policy: KeyAuthorizationPolicy | None = None) -> None:
         self.manager = Manager()
         provider = LocalMasterKeyProvider(self.manager)
-        handlers = Handlers(provider, self.manager, new_data_key=lambda: os.urandom(32))
+        self.usage = Usage(self.manager.current, None, Path("/nowhere/usage"), lambda: 1000.5)
+        trials = Trials(self.manager, self.usage, unrecorded)
+        handlers = Handlers(provider, trials, trials, new_data_key=lambda: os.urandom(32))
         authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
         self.seen: list[Served] = []
         self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll(), [self.seen.append])
@@ -108,6 +116,10 @@ class Server:
 
     def admin(self, kind: str, **fields: Any) -> dict[str, Any]:
         return self.ask(kind, ADMIN, **fields)
+
+
+async def unrecorded() -> None:
+    """In the place of an audit log that is made durable."""
 
 
 def _finish(answer: Awaitable[bytes]) -> bytes:
@@ -190,7 +202,15 @@ def test_ListKeyGroups_shows_every_group(server: Server) -> None:
 
 
 DATA = ["GenerateDataKey", "Encrypt", "Decrypt", "ReEncrypt", "Health", "Ping"]
-CONTROL = ["CreateKeyGroup", "RotateKeyGroup", "ListKeyGroups", "DisableVersion", "EnableVersion", "DestroyVersion"]
+CONTROL = [
+    "CreateKeyGroup",
+    "RotateKeyGroup",
+    "ListKeyGroups",
+    "DescribeKeyGroup",
+    "DisableVersion",
+    "EnableVersion",
+    "DestroyVersion",
+]
 
 
 @pytest.mark.parametrize("token", ["", "wrong", ADMIN, API + "x", "\u00e9"])

@@ -29,6 +29,7 @@ def test_the_operations_are_the_ones_of_the_wire() -> None:
         "CreateKeyGroup",
         "RotateKeyGroup",
         "ListKeyGroups",
+        "DescribeKeyGroup",
         "DisableVersion",
         "EnableVersion",
         "DestroyVersion",

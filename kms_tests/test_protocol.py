@@ -51,8 +51,11 @@ def send_all(exchange: Exchange[Any]) -> bytes:
         (REQUESTS.reencrypt(b"c", "g", b""), "ReEncrypt", {"ciphertext": b"c", "key_id": "g"}),
         (REQUESTS.create_key_group("g"), "CreateKeyGroup", {"key_id": "g"}),
         (REQUESTS.rotate_key_group("g"), "RotateKeyGroup", {"key_id": "g"}),
-        (REQUESTS.list_key_groups(), "ListKeyGroups", {}),
-        (REQUESTS.disable_version("g", 2), "DisableVersion", {"key_id": "g", "version": 2}),
+        (REQUESTS.list_key_groups(False), "ListKeyGroups", {"usage": False}),
+        (REQUESTS.list_key_groups(True), "ListKeyGroups", {"usage": True}),
+        (REQUESTS.describe_key_group("g"), "DescribeKeyGroup", {"key_id": "g"}),
+        (REQUESTS.disable_version("g", 2, None), "DisableVersion", {"key_id": "g", "version": 2, "for_seconds": None}),
+        (REQUESTS.disable_version("g", 2, 60), "DisableVersion", {"key_id": "g", "version": 2, "for_seconds": 60}),
         (REQUESTS.enable_version("g", 2), "EnableVersion", {"key_id": "g", "version": 2}),
         (REQUESTS.destroy_version("g", 2), "DestroyVersion", {"key_id": "g", "version": 2}),
     ],
@@ -108,7 +111,7 @@ def test_a_reply_becomes_the_result(call: Call[object], reply: str, result: obje
 def test_a_key_group_reply_becomes_a_view() -> None:
     view = REQUESTS.rotate_key_group("g").read(b'{"status":"ok","keyGroup":' + GROUP.encode() + b"}")
     assert (view.key_id, view.active_version, view.versions[0].created_at_epoch_sec) == ("g", 1, 5)
-    (listed,) = REQUESTS.list_key_groups().read(b'{"status":"ok","keyGroups":[' + GROUP.encode() + b"]}")
+    (listed,) = REQUESTS.list_key_groups(False).read(b'{"status":"ok","keyGroups":[' + GROUP.encode() + b"]}")
     assert listed == view
 
 
@@ -141,7 +144,9 @@ def test_a_reply_that_is_none_is_a_protocol_error(reply: bytes) -> None:
 
 def test_all_requests_of_a_client_have_the_requestId_it_was_given() -> None:
     named = Requests(TOKEN, "nightly 7")
-    assert {decode_request(call.line).request_id for call in (named.health(), named.list_key_groups())} == {"nightly 7"}
+    assert {decode_request(call.line).request_id for call in (named.health(), named.list_key_groups(False))} == {
+        "nightly 7"
+    }
     assert decode_request(REQUESTS.health().line).request_id is None
 
 
@@ -255,3 +260,9 @@ def test_an_endless_reply_is_a_protocol_error(monkeypatch: pytest.MonkeyPatch) -
     exchange.received(bytes(100))
     with pytest.raises(ProtocolError, match="more than 100 bytes"):
         exchange.received(bytes(100))
+
+
+def test_a_server_that_has_disabled_for_good_what_was_to_be_for_a_time_is_not_taken_at_its_word() -> None:
+    with pytest.raises(ProtocolError, match=r"too old .* enable it again yourself"):
+        REQUESTS.disable_version("g", 2, 60).read(b'{"status":"ok","detail":"g v2 disabled"}')
+    assert REQUESTS.disable_version("g", 2, None).read(b'{"status":"ok","detail":"g v2 disabled"}') == "g v2 disabled"

@@ -26,8 +26,10 @@ from kms.server.local_provider import KeyringHolder, LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, RequestPipeline
 from kms.server.served import Credentials, Peer
 from kms.server.team import Access, TeamAuthenticator, load_access
+from kms.server.trials import Trials
+from kms.server.usage import Usage
 from kms_tests.test_actor import Store
-from kms_tests.test_middleware import ADMIN, API, Server, text
+from kms_tests.test_middleware import ADMIN, API, Server, text, unrecorded
 
 SHARED = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
 TCP = Peer(1, "tcp")
@@ -81,7 +83,7 @@ def reload_of(
 ) -> Reload:
     """What SIGHUP does, with `--no-audit`."""
     keeper = AuditKeeper(replace(config, no_audit=True), AuditKeys(Secret(bytearray(64))))
-    return Reload(config, SHARED, access, pipeline, keeper, keyring, clock)
+    return Reload(config, SHARED, access, pipeline, pipeline, keeper, keyring, clock)
 
 
 class Team(Server):
@@ -392,14 +394,18 @@ REVOKED = {
 }
 
 
+def handlers_of(actor: KeyringActor) -> Handlers:
+    trials = Trials(actor, Usage(actor.current, None, Path("/nowhere/usage"), lambda: 7.0), unrecorded)
+    return Handlers(LocalMasterKeyProvider(actor), trials, trials, new_data_key=bytes)
+
+
 @pytest.mark.parametrize("content", REVOKED.values(), ids=REVOKED)
 async def test_a_mutation_is_authorized_again_when_the_actor_takes_it_up(team: Team, content: str) -> None:
     """Two rotations: one is being saved while the file changes, the other waits behind it."""
     store = Store()
     actor = KeyringActor(EMPTY, store, clock=lambda: 7)
     access = team.access()
-    handlers = Handlers(LocalMasterKeyProvider(actor), actor, new_data_key=bytes)
-    pipeline = RequestPipeline(handlers, access.authenticator, access.policy)
+    pipeline = RequestPipeline(handlers_of(actor), access.authenticator, access.policy)
     replies: list[dict[str, Any]] = []
 
     async def ask(kind: str, token: str, key: str) -> None:
@@ -435,9 +441,7 @@ async def test_a_token_that_expires_while_its_mutation_waits_comes_too_late(team
     store = Store()
     actor = KeyringActor(EMPTY, store, clock=lambda: 7)
     access = team.access()
-    pipeline = RequestPipeline(
-        Handlers(LocalMasterKeyProvider(actor), actor, new_data_key=bytes), access.authenticator, access.policy
-    )
+    pipeline = RequestPipeline(handlers_of(actor), access.authenticator, access.policy)
     later = pipeline.session(TCP).serve(b'{"type":"RotateKeyGroup","token":"new token","keyId":"default"}')
     assert not isinstance(later, bytes)
     replies: list[dict[str, Any]] = []

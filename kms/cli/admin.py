@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 import rich_click as click
 
-from kms.cli import prompt, render
+from kms.cli import prompt, render, retiring
 from kms.cli.options import (
     ADMIN,
     API,
@@ -23,11 +23,12 @@ from kms.cli.options import (
     examples,
     json_option,
     no_token_option,
+    reachable,
     request_id_option,
     utf8,
     version_option,
 )
-from kms.cli.run import one_line, run, stop_signals_raise
+from kms.cli.run import EXIT_INTERRUPTED, run, stop_signals_raise
 from kms.core.policy import Operation
 from kms.errors import (
     EXIT_BAD_INPUT,
@@ -37,6 +38,7 @@ from kms.errors import (
     FileAccessError,
     InputMissingError,
     SaveOutcomeUnknownError,
+    UnauthorizedError,
 )
 from kms.host.hardening import forbid_dumps
 from kms.limits import MAX_VERSION, TOKEN_BYTES
@@ -102,16 +104,30 @@ def command(
     context.obj = Settings(tcp, unix, admin_token_file, as_json, no_token, request_id)
 
 
-@command.command("list-keys", epilog=examples("kms-admin list-keys | grep ACTIVE"))
+@command.command("list-keys", epilog=examples("kms-admin list-keys | grep ACTIVE", "kms-admin list-keys --usage"))
+@click.option("--usage", is_flag=True, help="Also when each version was last used, by whom and for what.")
 @click.pass_obj
-def list_keys(settings: Settings) -> None:
+def list_keys(settings: Settings, *, usage: bool) -> None:
     """List the key groups and their versions."""
     with connected(settings, ADMIN) as (client, _):
-        groups = client.list_key_groups()
+        groups = client.list_key_groups(usage=usage)
     if settings.json:
         render.document(keyGroups=groups)
     else:
-        render.key_groups(groups)
+        render.key_groups(groups, usage=usage)
+
+
+@command.command("describe-key", epilog=examples("kms-admin describe-key --key billing"))
+@_key
+@click.pass_obj
+def describe_key(settings: Settings, key: str) -> None:
+    """Tell all that is known of one key group: its versions, how each is used, and who was refused a disabled one."""
+    with connected(settings, ADMIN) as (client, _):
+        group = client.describe_key_group(key)
+    if settings.json:
+        render.document(keyGroup=group)
+    else:
+        render.key_group(group, time.time())
 
 
 @command.command("create-key", epilog=examples("kms-admin create-key --key billing"))
@@ -134,15 +150,50 @@ def rotate_key(settings: Settings, key: str) -> None:
     _show_group(settings, group, "rotated")
 
 
-@command.command("disable-version", epilog=examples("kms-admin disable-version --key billing --version 1"))
+@command.command(
+    "disable-version",
+    epilog=examples(
+        "kms-admin disable-version --key billing --version 1",
+        "kms-admin disable-version --key billing --version 1 --for 2h",
+    ),
+)
 @_key
 @_version
+@click.option(
+    "--for",
+    "seconds",
+    callback=retiring.duration,
+    metavar="TIME",
+    help="Until then only (30s, 15m, 2h, 7d); the server enables it again by itself. Waits, and tells who was refused.",
+)
+@click.option("--no-wait", is_flag=True, help="With --for: do not wait; describe-key tells who was refused.")
 @click.pass_obj
-def disable_version(settings: Settings, key: str, version: int) -> None:
+def disable_version(settings: Settings, key: str, version: int, seconds: int | None, *, no_wait: bool) -> int:
     """Forbid a version to decrypt, until it is enabled again."""
-    with connected(settings, ADMIN) as (client, _):
-        detail = client.disable_version(key, version)
-    _show_detail(settings, detail)
+    with reachable(settings, ADMIN) as (connect, _):
+        with connect() as client:
+            detail = client.disable_version(key, version, for_seconds=seconds)
+            if seconds is None or no_wait:
+                _show_detail(settings, detail)
+                return EXIT_OK
+            try:
+                trial = retiring.currently(client, key, version)
+            except UnauthorizedError:
+                _show_detail(settings, f"{detail}; you may not see who is refused meanwhile, the server's log will tell")
+                return EXIT_OK
+        try:
+            trial, state = retiring.wait_until_enabled(connect, key, version, trial)
+        except KeyboardInterrupt:
+            again = render.moment(trial.until_epoch_sec, time.time())
+            render.remark(f"stopped waiting; the server enables {key} v{version} {again}, and describe-key tells the rest")
+            return EXIT_INTERRUPTED
+    if settings.json:
+        render.document(keyId=key, version=version, status=state, timedDisable=trial)
+    else:
+        render.text(f"{key} v{version} is {state}; refused while it was disabled:")
+        for line in render.refusals(trial, time.time()):
+            render.text(f"  {line}")
+    return EXIT_OK
 
 
 @command.command("enable-version", epilog=examples("kms-admin enable-version --key billing --version 1"))
@@ -163,16 +214,11 @@ def enable_version(settings: Settings, key: str, version: int) -> None:
 @click.pass_obj
 def destroy_version(settings: Settings, key: str, version: int, *, yes: bool) -> None:
     """Destroy a version's key for good: nothing it encrypted can ever be decrypted again."""
-    if not yes:
-        prompt.confirm(
-            one_line(
-                f"Destroying version {version} of {key} can never be undone: everything encrypted under it, files and "
-                "data keys too, is lost for good."
-            ),
-            "give --yes to destroy without being asked",
-        )
-    with connected(settings, ADMIN) as (client, _):
-        detail = client.destroy_version(key, version)
+    with reachable(settings, ADMIN) as (connect, _):
+        if not yes:
+            retiring.confirm_destruction(connect, key, version)
+        with connect() as client:
+            detail = client.destroy_version(key, version)
     _show_detail(settings, detail)
 
 

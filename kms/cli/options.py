@@ -156,8 +156,11 @@ def _port(text: str, origin: str) -> int:
 
 
 @contextlib.contextmanager
-def connected(settings: Settings, plane: Plane) -> Iterator[tuple[KmsClient, Secret]]:
-    """A client of the server that `settings` name, and the token it shows, wiped afterwards."""
+def reachable(settings: Settings, plane: Plane) -> Iterator[tuple[Callable[[], KmsClient], Secret]]:
+    """What connects to the server that `settings` name, as often as it is called, and the token it shows, wiped afterwards.
+
+    For who lets time pass between two requests: the server closes a connection that idles.
+    """
     from kms.client.blocking import KmsClient
 
     address = find_server(settings.tcp, settings.unix, os.environ)
@@ -166,12 +169,20 @@ def connected(settings: Settings, plane: Plane) -> Iterator[tuple[KmsClient, Sec
     if settings.no_token and settings.token_file is not None:
         raise ConfigError(f"--no-token and {plane.option} exclude each other; give one")
     with _no_token() if settings.no_token else _token_of(settings, plane) as token:
-        if address.unix is not None:
-            client = KmsClient.connect_unix(address.unix, token=token, request_id=settings.request_id)
-        else:
-            client = KmsClient.connect_tcp(address.host, address.port, token=token, request_id=settings.request_id)
-        with client:
-            yield client, token
+
+        def connect() -> KmsClient:
+            if address.unix is not None:
+                return KmsClient.connect_unix(address.unix, token=token, request_id=settings.request_id)
+            return KmsClient.connect_tcp(address.host, address.port, token=token, request_id=settings.request_id)
+
+        yield connect, token
+
+
+@contextlib.contextmanager
+def connected(settings: Settings, plane: Plane) -> Iterator[tuple[KmsClient, Secret]]:
+    """A client of the server that `settings` name, and the token it shows, wiped afterwards."""
+    with reachable(settings, plane) as (connect, token), connect() as client:
+        yield client, token
 
 
 def _token_of(settings: Settings, plane: Plane) -> Secret:

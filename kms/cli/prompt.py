@@ -53,10 +53,22 @@ def ask(name: str, remedy: str) -> Secret:
 
 def confirm(question: str, remedy: str) -> None:
     """Return when the answer typed at the terminal is `yes`; raises `click.Abort` for any other."""
+    if _answer(f"{question}\nType yes to go on: ", remedy).lower() != b"yes":
+        raise click.Abort
+
+
+def confirm_by_name(question: str, name: str, what: str, remedy: str) -> None:
+    """Return when `name`, which is shown as `what`, is typed at the terminal; raises `click.Abort` for anything else."""
+    if _answer(f"{question}\nType {what} to go on: ", remedy) != name.encode().strip():
+        raise click.Abort
+
+
+def _answer(question: str, remedy: str) -> bytes:
     with _terminal(f"no terminal to confirm this at; {remedy}") as descriptor:
-        os.write(descriptor, f"{question}\nType yes to go on: ".encode())
-        if os.read(descriptor, MAX_SECRET_BYTES).strip().lower() != b"yes":
-            raise click.Abort
+        # What was typed before the question is not an answer to it.
+        termios.tcflush(descriptor, termios.TCIFLUSH)
+        os.write(descriptor, question.encode())
+        return os.read(descriptor, MAX_SECRET_BYTES).strip()
 
 
 def _ask_twice(name: str, remedy: str) -> Secret:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,8 +18,12 @@ import rich_click as click
 from kms.cli.run import one_line
 
 if TYPE_CHECKING:
+    from kms.core.usage import TimedDisable, VersionUsage
     from kms.wire.messages import KeyGroupView
 
+_SORTABLE: Final = "%Y-%m-%dT%H:%M:%SZ"
+_READABLE: Final = "%Y-%m-%d %H:%M:%S UTC"
+_UNITS: Final = ((24 * 3600, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 _STATE_STYLES: Final = {"ACTIVE": "bold green", "ENABLED": "cyan", "DISABLED": "yellow", "DESTROYED": "dim red"}
 
 
@@ -34,6 +39,11 @@ def text(line: str) -> None:
     click.echo(one_line(line))
 
 
+def remark(line: str) -> None:
+    """One line of plain text for whoever watches: standard output is for the result."""
+    click.echo(one_line(line), err=True)
+
+
 def octets(line: memoryview) -> None:
     """`line` and a line end, as it is: a secret in a buffer does not become a string on its way out."""
     sys.stdout.flush()
@@ -42,18 +52,106 @@ def octets(line: memoryview) -> None:
     sys.stdout.buffer.flush()
 
 
-def key_groups(groups: list[KeyGroupView]) -> None:
-    """The versions of `groups`: a table at a terminal; else `group, version, state, created`, tab-separated."""
+def key_groups(groups: list[KeyGroupView], *, usage: bool = False) -> None:
+    """The versions of `groups`: a table at a terminal; else `group, version, state, created`, tab-separated.
+
+    With `usage` also `counted since, last used, by, operations`, which are empty where nothing is known.
+    """
     if _is_terminal(sys.stdout):
-        _table(groups)
+        _table(groups, usage=usage)
         return
     for group in groups:
         for version in group.versions:
-            created = _moment(version.created_at_epoch_sec, "%Y-%m-%dT%H:%M:%SZ")
-            click.echo(f"{one_line(group.key_id)}\tv{version.version}\t{one_line(version.status)}\t{created}")
+            created = _moment(version.created_at_epoch_sec, _SORTABLE)
+            fields = [group.key_id, f"v{version.version}", version.status, created]
+            if usage:
+                fields += _usage_fields(version.usage)
+            click.echo("\t".join(map(one_line, fields)))
 
 
-def _table(groups: list[KeyGroupView]) -> None:
+def _usage_fields(usage: VersionUsage | None) -> list[str]:
+    if usage is None:
+        return [""] * 4
+    used = usage.last_used_epoch_sec
+    return [
+        _moment(usage.since_epoch_sec, _SORTABLE),
+        "" if used is None else _moment(used, _SORTABLE),
+        usage.last_used_by or "",
+        " ".join(f"{kind}={count}" for kind, count in _counts(usage).items()),
+    ]
+
+
+def key_group(group: KeyGroupView, now: float) -> None:
+    """All that is known of one group; `now` is in epoch seconds."""
+    text(f"{group.key_id}: version {group.active_version} is active")
+    for version in group.versions:
+        text("")
+        text(f"version {version.version} is {version.status}")
+        text(f"    created    {moment(version.created_at_epoch_sec, now)}")
+        if version.usage is not None:
+            text(f"    used       {used(version.usage)}")
+            text(f"    last used  {last_used(version.usage, now)}")
+            if version.usage.timed_disable is not None:
+                for line in timed_disable(version.usage.timed_disable, now):
+                    text(f"    {line}")
+
+
+def used(usage: VersionUsage) -> str:
+    """How often, by kind, and counted since when."""
+    counts = ", ".join(f"{count} {kind}" for kind, count in _counts(usage).items())
+    return f"{counts or 'never'} since {_moment(usage.since_epoch_sec, _READABLE)}"
+
+
+def last_used(usage: VersionUsage, now: float) -> str:
+    """When, and by whom."""
+    if usage.last_used_epoch_sec is None:
+        return f"never since {moment(usage.since_epoch_sec, now)}"
+    return f"{moment(usage.last_used_epoch_sec, now)} by {usage.last_used_by}"
+
+
+def timed_disable(trial: TimedDisable, now: float) -> list[str]:
+    """When it was disabled and by whom, until when, and who was refused meanwhile."""
+    lines = [f"disabled   for a time, {moment(trial.since_epoch_sec, now)} by {trial.by}"]
+    if trial.ended_epoch_sec is None:
+        lines.append(f"enabled    {moment(trial.until_epoch_sec, now)}")
+    else:
+        lines.append(f"ended      {moment(trial.ended_epoch_sec, now)}")
+    return lines + [f"refused    {line}" for line in refusals(trial, now)]
+
+
+def refusals(trial: TimedDisable, now: float) -> list[str]:
+    """Who was refused, a line each, most often first."""
+    most_first = sorted(trial.refused.items(), key=lambda item: (-item[1].requests, item[0]))
+    return [
+        f"{name}: {refused.requests} {'request' if refused.requests == 1 else 'requests'}, last "
+        f"{moment(refused.last_epoch_sec, now)}"
+        for name, refused in most_first
+    ] or ["nobody"]
+
+
+def moment(seconds: int, now: float) -> str:
+    """A time as people think of it, and exactly: `3 hours ago (2026-11-25 04:00:00 UTC)`."""
+    return f"{_distance(seconds - now)} ({_moment(seconds, _READABLE)})"
+
+
+def _distance(seconds: float) -> str:
+    whole = int(abs(seconds))
+    size, unit = next(((size, unit) for size, unit in _UNITS if whole >= size), (1, "second"))
+    count = whole // size
+    if not count:
+        return "now"
+    length = f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    return f"in {length}" if seconds > 0 else f"{length} ago"
+
+
+def _counts(usage: VersionUsage) -> dict[str, int]:
+    import msgspec
+
+    counts: dict[str, int] = msgspec.to_builtins(usage.operations)
+    return counts
+
+
+def _table(groups: list[KeyGroupView], *, usage: bool) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -62,7 +160,13 @@ def _table(groups: list[KeyGroupView]) -> None:
     table = Table("group", box=SIMPLE_HEAD)
     table.add_column("version", justify="right")
     table.add_column("state")
-    table.add_column("created (UTC)")
+    if usage:
+        table.add_column("last used")
+        table.add_column("by")
+        table.add_column("operations")
+    else:
+        table.add_column("created (UTC)")
+    now = time.time()
     for group in groups:
         name = one_line(group.key_id)
         for version in group.versions:
@@ -71,10 +175,23 @@ def _table(groups: list[KeyGroupView]) -> None:
                 Text(name),
                 f"v{version.version}",
                 Text(one_line(version.status), _STATE_STYLES.get(version.status, "")),
-                _moment(version.created_at_epoch_sec, "%Y-%m-%d %H:%M:%S"),
+                *(
+                    map(Text, _usage_cells(version.usage, now))
+                    if usage
+                    else [_moment(version.created_at_epoch_sec, "%Y-%m-%d %H:%M:%S")]
+                ),
             )
             name = ""
     Console().print(table)
+
+
+def _usage_cells(usage: VersionUsage | None, now: float) -> list[str]:
+    if usage is None:
+        return ["not known", "", ""]
+    if usage.last_used_epoch_sec is None:
+        return [f"never since {_moment(usage.since_epoch_sec, '%Y-%m-%d')}", "", ""]
+    counts = ", ".join(f"{count} {kind}" for kind, count in _counts(usage).items())
+    return [_distance(usage.last_used_epoch_sec - now), one_line(usage.last_used_by or ""), counts]
 
 
 def _moment(seconds: int, form: str) -> str:

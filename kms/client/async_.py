@@ -153,13 +153,17 @@ class AsyncKmsClient:
         """As `KmsClient.rotate_key_group`."""
         return await self._one(self._requests.rotate_key_group(key_id))
 
-    async def list_key_groups(self) -> list[KeyGroupView]:
+    async def list_key_groups(self, *, usage: bool = False) -> list[KeyGroupView]:
         """As `KmsClient.list_key_groups`."""
-        return await self._one(self._requests.list_key_groups())
+        return await self._one(self._requests.list_key_groups(usage))
 
-    async def disable_version(self, key_id: str, version: int) -> str:
+    async def describe_key_group(self, key_id: str) -> KeyGroupView:
+        """As `KmsClient.describe_key_group`."""
+        return await self._one(self._requests.describe_key_group(key_id))
+
+    async def disable_version(self, key_id: str, version: int, *, for_seconds: int | None = None) -> str:
         """As `KmsClient.disable_version`."""
-        return await self._one(self._requests.disable_version(key_id, version))
+        return await self._one(self._requests.disable_version(key_id, version, for_seconds))
 
     async def enable_version(self, key_id: str, version: int) -> str:
         """As `KmsClient.enable_version`."""

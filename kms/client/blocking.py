@@ -150,13 +150,21 @@ class KmsClient:
         """Make a new active version; the one before still decrypts."""
         return self._one(self._requests.rotate_key_group(key_id))
 
-    def list_key_groups(self) -> list[KeyGroupView]:
-        """All key groups with their versions."""
-        return self._one(self._requests.list_key_groups())
+    def list_key_groups(self, *, usage: bool = False) -> list[KeyGroupView]:
+        """All key groups with their versions; with `usage`, also how each is used, where the caller may know."""
+        return self._one(self._requests.list_key_groups(usage))
 
-    def disable_version(self, key_id: str, version: int) -> str:
-        """Disable a version that is not active, until it is enabled again. Returns what was done, in words."""
-        return self._one(self._requests.disable_version(key_id, version))
+    def describe_key_group(self, key_id: str) -> KeyGroupView:
+        """One key group with its versions, how each is used, and who was refused one that is disabled for a time."""
+        return self._one(self._requests.describe_key_group(key_id))
+
+    def disable_version(self, key_id: str, version: int, *, for_seconds: int | None = None) -> str:
+        """Disable a version that is not active, until it is enabled again. Returns what was done, in words.
+
+        With `for_seconds` (1 s to 30 days) the server enables it again by itself. `ProtocolError` from a server that is
+        too old for that, and has disabled it for good.
+        """
+        return self._one(self._requests.disable_version(key_id, version, for_seconds))
 
     def enable_version(self, key_id: str, version: int) -> str:
         """Let a disabled version decrypt again. Returns what was done, in words."""

@@ -31,6 +31,7 @@ from kms.wire.messages import (
     CreateKeyGroup,
     DataKeyReply,
     Decrypt,
+    DescribeKeyGroup,
     DestroyVersion,
     DetailReply,
     DisableVersion,
@@ -128,11 +129,15 @@ class Requests:
     def rotate_key_group(self, key_id: str) -> Call[KeyGroupView]:
         return self._call(RotateKeyGroup(key_id=key_id), _key_group)
 
-    def list_key_groups(self) -> Call[list[KeyGroupView]]:
-        return self._call(ListKeyGroups(), _key_groups)
+    def list_key_groups(self, usage: bool) -> Call[list[KeyGroupView]]:  # noqa: FBT001 - what `KmsClient` calls by name
+        return self._call(ListKeyGroups(usage=usage), _key_groups)
 
-    def disable_version(self, key_id: str, version: int) -> Call[str]:
-        return self._call(DisableVersion(key_id=key_id, version=version), _detail)
+    def describe_key_group(self, key_id: str) -> Call[KeyGroupView]:
+        return self._call(DescribeKeyGroup(key_id=key_id), _key_group)
+
+    def disable_version(self, key_id: str, version: int, for_seconds: int | None) -> Call[str]:
+        request = DisableVersion(key_id=key_id, version=version, for_seconds=for_seconds)
+        return self._call(request, _detail if for_seconds is None else _timed_detail)
 
     def enable_version(self, key_id: str, version: int) -> Call[str]:
         return self._call(EnableVersion(key_id=key_id, version=version), _detail)
@@ -236,6 +241,16 @@ class Exchange(Generic[T]):
 
 def _detail(request_id: str | None, line: bytes) -> str:
     return _decoded(_detail_decoder, request_id, line).detail
+
+
+def _timed_detail(request_id: str | None, line: bytes) -> str:
+    reply = _decoded(_detail_decoder, request_id, line)
+    if reply.until_epoch_sec is None:
+        # It ignores what it does not know.
+        raise ProtocolError(
+            "the server is too old to disable a version for a time: it has disabled it for good; enable it again yourself"
+        )
+    return reply.detail
 
 
 def _data_key(request_id: str | None, line: bytes) -> DataKey:

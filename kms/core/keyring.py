@@ -7,6 +7,7 @@ The rules, for each group:
 - create makes v1 ACTIVE, and is refused when the name exists; a group never disappears, so a name is never reused;
 - rotate makes v(max+1) ACTIVE and the former ACTIVE version ENABLED;
 - disable takes ENABLED or DISABLED to DISABLED; the ACTIVE version is refused, since the group could not encrypt;
+- disable for a time takes ENABLED to DISABLED; what is DISABLED already is refused, since its end would undo more;
 - enable takes DISABLED or ENABLED to ENABLED, and leaves ACTIVE as it is;
 - destroy takes ENABLED, DISABLED or DESTROYED to DESTROYED; the ACTIVE version is refused;
 - what is DESTROYED never comes back.
@@ -121,6 +122,8 @@ class RotateGroup:
 class DisableVersion:
     group: str
     version: int
+    for_a_time: bool = False
+    """It will be enabled again without being asked for, so it must not be DISABLED already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +174,12 @@ def transition(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> K
             return _created(keyring, name, now, mint)
         case RotateGroup(name):
             return _rotated(_find(keyring, name), now, mint)
-        case DisableVersion(name, number):
-            return _with_status(_find(keyring, name), number, VersionStatus.DISABLED)
+        case DisableVersion(name, number, for_a_time):
+            group = _find(keyring, name)
+            disabled = _with_status(group, number, VersionStatus.DISABLED)
+            if for_a_time and disabled is group:
+                raise InvalidRequestError("version: it is DISABLED already, and not for a time; enable it first")
+            return disabled
         case EnableVersion(name, number):
             return _with_status(_find(keyring, name), number, VersionStatus.ENABLED)
         case DestroyVersion(name, number):

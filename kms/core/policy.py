@@ -11,7 +11,8 @@ A request is first authenticated, which yields a `Principal`, then authorized: t
   everything else itself, compared as it is: neither case nor Unicode forms are folded;
 - an allow rule with an AAD prefix covers only requests whose AAD begins with it;
 - Health needs no grant: whoever is authenticated may ask whether the server is there;
-- ListKeyGroups is granted by any allow rule that names it, and shows the groups on which it is allowed.
+- ListKeyGroups is granted by any allow rule that names it, and shows the groups on which it is allowed; of those, how
+  they are used where DescribeKeyGroup is allowed.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Operation(StrEnum):
     CREATE_KEY_GROUP = "CreateKeyGroup"
     ROTATE_KEY_GROUP = "RotateKeyGroup"
     LIST_KEY_GROUPS = "ListKeyGroups"
+    DESCRIBE_KEY_GROUP = "DescribeKeyGroup"
     DISABLE_VERSION = "DisableVersion"
     ENABLE_VERSION = "EnableVersion"
     DESTROY_VERSION = "DestroyVersion"

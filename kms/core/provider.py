@@ -1,4 +1,4 @@
-"""The two seams that handlers depend on.
+"""The seams that handlers depend on.
 
 Handlers never see a keyring, a file or a key. A root key that lives in an HSM, or a keyring that lives in etcd, is
 one new class that implements one of these.
@@ -10,7 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kms.core.ciphertext import Ciphertext
-from kms.core.keyring import KeyGroup
+from kms.core.keyring import KeyGroup, KeyVersion
+from kms.core.usage import VersionUsage
 
 
 class MasterKeyProvider(Protocol):
@@ -40,10 +41,30 @@ class KeyringManager(Protocol):
 
     async def rotate_group(self, group: str, permit: Permit) -> KeyGroup: ...
 
-    async def disable_version(self, group: str, version: int, permit: Permit) -> KeyGroup: ...
+    async def disable_version(self, group: str, version: int, permit: Permit, *, for_a_time: bool = False) -> KeyGroup:
+        """`for_a_time` refuses a version that is DISABLED already."""
+        ...
 
     async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup: ...
 
     async def destroy_version(self, group: str, version: int, permit: Permit) -> KeyGroup: ...
 
     def list_groups(self) -> Sequence[KeyGroup]: ...
+
+    def find_group(self, group: str) -> KeyGroup | None: ...
+
+
+class UsageKeeper(Protocol):
+    """Knows how keys are used, and finds out who still needs one by disabling it for a time."""
+
+    def usage_of(self, version: KeyVersion) -> VersionUsage:
+        """What is known of a version that is, or was, in the keyring."""
+        ...
+
+    async def disable_version_for(self, group: str, version: int, seconds: int, permit: Permit, *, by: str) -> int:
+        """Disable a version until `seconds` from now, and let it be enabled again then; when that is, in epoch seconds.
+
+        Both the disabling and its end are durable when this returns. Asked for a version that is disabled for a time
+        already, it moves that end. `by` is the name of whoever asks. Raises as `KeyringManager.disable_version`.
+        """
+        ...

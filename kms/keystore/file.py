@@ -26,7 +26,7 @@ from kms.errors import (
 from kms.host import durable, locking
 from kms.host.entropy import random_key
 from kms.host.private import make_private_directory, open_private
-from kms.keystore import document, legacy
+from kms.keystore import document, legacy, usage_file
 from kms.keystore.audit_log import handing_over
 from kms.keystore.document import KdfHeader, RootKeys
 from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEPT_KEYSTORES, MAX_KEYSTORE_BYTES
@@ -54,7 +54,7 @@ class KeystoreLock:
         except OSError as error:
             raise FileAccessError(f"cannot lock {path}: {error.strerror}") from error
         try:
-            for written in (keystore, *_kept_paths(keystore)):
+            for written in (keystore, usage_file.path_of(keystore), *_kept_paths(keystore)):
                 durable.remove_stale_temp_files(written)
         except OSError as error:
             os.close(self._descriptor)

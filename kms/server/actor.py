@@ -83,8 +83,8 @@ class KeyringActor:
     async def rotate_group(self, group: str, permit: Permit) -> KeyGroup:
         return await self._submit(RotateGroup(group), permit)
 
-    async def disable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
-        return await self._submit(DisableVersion(group, version), permit)
+    async def disable_version(self, group: str, version: int, permit: Permit, *, for_a_time: bool = False) -> KeyGroup:
+        return await self._submit(DisableVersion(group, version, for_a_time), permit)
 
     async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
         return await self._submit(EnableVersion(group, version), permit)
@@ -94,6 +94,9 @@ class KeyringActor:
 
     def list_groups(self) -> Sequence[KeyGroup]:
         return tuple(self.current.groups.values())
+
+    def find_group(self, group: str) -> KeyGroup | None:
+        return self.current.groups.get(group)
 
     def close(self) -> None:
         """Take no more commands. What was taken is still finished; `run` returns after it."""

@@ -68,6 +68,11 @@ class AuditKeeper:
             log.warning("the audit log %s can be written again", audit_log.path)
         self._trouble = trouble
 
+    async def sync(self) -> None:
+        """Make durable what is on record by now; raises `UnavailableError`."""
+        if self.log is not None:
+            await trio.to_thread.run_sync(self.log.sync)
+
     def reopen(self) -> None:
         """Go on in a new file if the log was renamed. Blocks for as long as the disk takes to finish the old one."""
         if self.log is None:

@@ -27,9 +27,11 @@ import trio
 
 from kms.core.derive import KdfParameters
 from kms.core.keyring import Keyring
+from kms.core.policy import AllowAll
 from kms.core.secret import Secret
 from kms.errors import EXIT_INTERNAL, EXIT_OK, KmsError, SaveOutcomeUnknownError
 from kms.host import hardening, package
+from kms.keystore import usage_file
 from kms.keystore.file import Keystore, KeystoreLock, initialise, load
 from kms.limits import DRAIN_TIMEOUT, KEY_BYTES
 from kms.server.actor import KeyringActor
@@ -40,8 +42,11 @@ from kms.server.handlers import Handlers
 from kms.server.listeners import UnixListener, open_tcp
 from kms.server.local_provider import KeyringHolder, LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, RequestPipeline, log_bug
-from kms.server.served import Credentials, Peer
+from kms.server.served import Credentials, Observer, Peer
 from kms.server.team import Access, Clock, load_access
+from kms.server.trials import ScheduleAuthenticator, Trials
+from kms.server.usage import Usage
+from kms.server.usage import load as load_usage
 
 if TYPE_CHECKING:
     from kms.server.metrics import Meters
@@ -91,10 +96,12 @@ async def _main(
             keeper = AuditKeeper(config, keystore.audit_keys)
             store = keystore if meters is None else meters.metered(keystore)
             actor = KeyringActor(keyring, AuditedStore(store, keeper), clock=lambda: int(time.time()))
+            path = usage_file.path_of(config.keystore)
+            usage = Usage(keyring, await trio.to_thread.run_sync(load_usage, path), path, time.time)
             try:
                 open_log = partial(keeper.open, keyring.generation, has_principals=access.is_from_file)
                 await trio.to_thread.run_sync(open_log)
-                return await _serve(config, actor, authenticator, access, keeper, meters, signals, say, memory)
+                return await _serve(config, actor, usage, authenticator, access, keeper, meters, signals, say, memory)
             finally:
                 keeper.close()
                 _wipe(actor.current, keystore)
@@ -116,6 +123,7 @@ def _wipe(keyring: Keyring, keystore: Keystore) -> None:
 async def _serve(
     config: ServerConfig,
     actor: KeyringActor,
+    usage: Usage,
     shared: Authenticator,
     access: Access,
     keeper: AuditKeeper,
@@ -127,9 +135,11 @@ async def _serve(
     provider = LocalMasterKeyProvider(actor)
     # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
     new_data_key = partial(os.urandom, KEY_BYTES)
-    handlers = Handlers(provider, actor, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)
-    observers = () if meters is None else meters.observers()
+    trials = Trials(actor, usage, keeper.sync)
+    handlers = Handlers(provider, trials, trials, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)
+    observers: tuple[Observer, ...] = (usage,) if meters is None else (usage, *meters.observers())
     pipeline = RequestPipeline(handlers, access.authenticator, access.policy, observers, keeper.trail)
+    schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), observers, keeper.trail)
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
     crowd = Crowd(pipeline.session, bounds, config.max_connections)
     status = EXIT_OK
@@ -145,6 +155,8 @@ async def _serve(
                                 accepting.start_soon(_accept, crowd, listener, transport, connections)
                             if metrics is not None:
                                 accepting.start_soon(metrics.run)
+                            accepting.start_soon(usage.run)
+                            accepting.start_soon(trials.run, schedule)
                             # What start-up made lives for good; the collector need not walk it again.
                             gc.freeze()
                             # Not before: a server that is refused says one line, why.
@@ -157,13 +169,14 @@ async def _serve(
                                 say(f"metrics on {metrics.url}")
                             say(f"ready on {' and '.join(addresses)} (pid {os.getpid()})")
                             notify("READY=1")
-                            reload = Reload(config, shared, access, pipeline, keeper, actor, time.time)
+                            reload = Reload(config, shared, access, pipeline, schedule, keeper, actor, time.time)
                             number = await _until_stopped(signals, reload)
                             say(f"stopping on {signal.Signals(number).name}")
                             notify("STOPPING=1")
                             accepting.cancel_scope.cancel()
                         connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
                         crowd.drain()
+                    await usage.flush()
                 finally:
                     # However this ends: the actor is shielded, and would keep a broken daemon alive for ever.
                     actor.close()
@@ -194,6 +207,8 @@ class Reload:
     shared: Authenticator
     access: Access
     pipeline: RequestPipeline
+    schedule: RequestPipeline
+    """What the server asks of itself: it goes on record, too."""
     keeper: AuditKeeper
     keyring: KeyringHolder
     clock: Clock
@@ -208,6 +223,7 @@ class Reload:
             log_bug("principals not reloaded, all stays as it was", error)
         else:
             self.pipeline.admit(self.access.authenticator, self.access.policy, self.keeper.trail)
+            self.schedule.admit(self.schedule.authenticator, self.schedule.policy, self.keeper.trail)
             log.info("reloaded: %s", self.access.origin)
 
     def _load(self) -> Access:

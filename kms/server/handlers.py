@@ -1,6 +1,6 @@
 """One function per operation: a decoded, authorized request in, a reply out.
 
-Handlers know the two seams of `core/provider.py` and nothing behind them. Those of the data plane answer at once; those
+Handlers know the seams of `core/provider.py` and nothing behind them. Those of the data plane answer at once; those
 of the control plane may wait for the keyring, and are coroutines. They are told who asks: whoever is authorized when a
 request comes need not be any more when its change is made, and a list shows only what its reader may see.
 """
@@ -12,7 +12,8 @@ from typing import Any, Protocol
 
 from kms.core import ciphertext
 from kms.core.keyring import KeyGroup
-from kms.core.provider import KeyringManager, MasterKeyProvider
+from kms.core.policy import Operation
+from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
 from kms.limits import DEFAULT_KEY_GROUP, MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
 from kms.wire import messages
@@ -26,8 +27,13 @@ class Caller(Protocol):
         """Raise the `WireError` that refuses the request, if it is refused by now."""
         ...
 
-    def visible(self, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
-        """Those of `groups` that are to be listed."""
+    @property
+    def name(self) -> str:
+        """What the principal is called."""
+        ...
+
+    def allowed(self, operation: Operation, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
+        """Those of `groups` on which the principal may use `operation`."""
         ...
 
 
@@ -39,6 +45,7 @@ _DECRYPT_OVERHEAD_BYTES = 128 + 4 * MAX_REQUEST_ID_CHARACTERS
 """The JSON around the values of a Decrypt request, base64's padding and a requestId, with room for spaces."""
 
 _HEALTHY = messages.DetailReply("ok")
+_DESCRIBE = Operation.DESCRIBE_KEY_GROUP
 
 
 def group_of(key_id: str | None) -> str:
@@ -47,12 +54,13 @@ def group_of(key_id: str | None) -> str:
 
 
 class Handlers:
-    """All operations over the two seams."""
+    """All operations over the three seams."""
 
     def __init__(
         self,
         master_keys: MasterKeyProvider,
         keyring: KeyringManager,
+        usage: UsageKeeper,
         *,
         new_data_key: Callable[[], bytes],
         max_frame_bytes: int = MAX_FRAME_BYTES,
@@ -61,6 +69,7 @@ class Handlers:
         self._max_frame_bytes = max_frame_bytes
         self._master_keys = master_keys
         self._keyring = keyring
+        self._usage = usage
         self._new_data_key = new_data_key
 
     def data_plane(self) -> dict[type[Request], DataHandler]:
@@ -80,6 +89,7 @@ class Handlers:
             messages.CreateKeyGroup: self.create_key_group,
             messages.RotateKeyGroup: self.rotate_key_group,
             messages.ListKeyGroups: self.list_key_groups,
+            messages.DescribeKeyGroup: self.describe_key_group,
             messages.DisableVersion: self.disable_version,
             messages.EnableVersion: self.enable_version,
             messages.DestroyVersion: self.destroy_version,
@@ -119,11 +129,31 @@ class Handlers:
         return messages.KeyGroupReply(_view(await self._keyring.rotate_group(_named(request.key_id), caller.permit)))
 
     async def list_key_groups(self, request: messages.ListKeyGroups, caller: Caller) -> Reply:
-        return messages.KeyGroupsReply([_view(group) for group in caller.visible(self._keyring.list_groups())])
+        groups = caller.allowed(Operation.LIST_KEY_GROUPS, self._keyring.list_groups())
+        described = {group.key_id for group in caller.allowed(_DESCRIBE, groups)} if request.usage else ()
+        return messages.KeyGroupsReply(
+            [self._view_with_usage(group) if group.key_id in described else _view(group) for group in groups]
+        )
+
+    async def describe_key_group(self, request: messages.DescribeKeyGroup, caller: Caller) -> Reply:
+        group = self._keyring.find_group(_named(request.key_id))
+        if group is None:
+            raise InvalidRequestError("keyId: no such key group")
+        return messages.KeyGroupReply(self._view_with_usage(group))
+
+    def _view_with_usage(self, group: KeyGroup) -> messages.KeyGroupView:
+        view = _view(group)
+        for shown, version in zip(view.versions, group.versions.values(), strict=True):
+            shown.usage = self._usage.usage_of(version)
+        return view
 
     async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:
-        await self._keyring.disable_version(_named(request.key_id), request.version, caller.permit)
-        return _changed(request, "disabled")
+        group, version, seconds = _named(request.key_id), request.version, request.for_seconds
+        if seconds is None:
+            await self._keyring.disable_version(group, version, caller.permit)
+            return _changed(request, "disabled")
+        until = await self._usage.disable_version_for(group, version, seconds, caller.permit, by=caller.name)
+        return messages.DetailReply(f"{group} v{version} disabled for {seconds} s", until_epoch_sec=until)
 
     async def enable_version(self, request: messages.EnableVersion, caller: Caller) -> Reply:
         await self._keyring.enable_version(_named(request.key_id), request.version, caller.permit)

@@ -312,11 +312,15 @@ class _Caller:
             trail.begin(self._peer, self._number, self._request, self.principal)
             self.has_begun = True
 
-    def visible(self, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
+    @property
+    def name(self) -> str:
+        return "" if self.principal is None else self.principal.name
+
+    def allowed(self, operation: Operation, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
         principal, allows = self.principal, self._pipeline.policy.allows
         if principal is None:
             return []
-        return [group for group in groups if allows(principal, Operation.LIST_KEY_GROUPS, group.key_id, b"")]
+        return [group for group in groups if allows(principal, operation, group.key_id, b"")]
 
 
 def log_bug(what: str, error: BaseException) -> None:

@@ -17,8 +17,9 @@ import msgspec
 from msgspec import Meta, Struct
 
 from kms.core.policy import Operation, Plane
+from kms.core.usage import VersionUsage
 from kms.errors import InvalidRequestError
-from kms.limits import MAX_NESTING, MAX_REQUEST_ID_CHARACTERS, MAX_VERSION
+from kms.limits import MAX_NESTING, MAX_REQUEST_ID_CHARACTERS, MAX_TIMED_DISABLE_SECONDS, MAX_VERSION
 
 Version = Annotated[int, Meta(ge=1, le=MAX_VERSION)]
 
@@ -94,12 +95,22 @@ class RotateKeyGroup(GroupRequest, tag="RotateKeyGroup"):
     operation: ClassVar[Operation] = Operation.ROTATE_KEY_GROUP
 
 
-class ListKeyGroups(ControlRequest, tag="ListKeyGroups"):
+class ListKeyGroups(ControlRequest, tag="ListKeyGroups", kw_only=True):
+    """With `usage`, also how the versions are used, of groups that the caller may describe."""
+
     operation: ClassVar[Operation] = Operation.LIST_KEY_GROUPS
+    usage: bool = False
 
 
-class DisableVersion(VersionRequest, tag="DisableVersion"):
+class DescribeKeyGroup(GroupRequest, tag="DescribeKeyGroup"):
+    operation: ClassVar[Operation] = Operation.DESCRIBE_KEY_GROUP
+
+
+class DisableVersion(VersionRequest, tag="DisableVersion", rename="camel", kw_only=True):
+    """For good, or `for_seconds`: the server enables it again by itself then."""
+
     operation: ClassVar[Operation] = Operation.DISABLE_VERSION
+    for_seconds: Annotated[int, Meta(ge=1, le=MAX_TIMED_DISABLE_SECONDS)] | None = None
 
 
 class EnableVersion(VersionRequest, tag="EnableVersion"):
@@ -120,18 +131,20 @@ AnyRequest = (
     | CreateKeyGroup
     | RotateKeyGroup
     | ListKeyGroups
+    | DescribeKeyGroup
     | DisableVersion
     | EnableVersion
     | DestroyVersion
 )
 
 
-class VersionView(Struct, rename="camel"):
-    """A KEK version as people see it; `created_at_epoch_sec` is seconds since 1970."""
+class VersionView(Struct, rename="camel", omit_defaults=True):
+    """A KEK version as people see it; `created_at_epoch_sec` is seconds since 1970, `usage` for who asked for it."""
 
     version: int
     status: str
     created_at_epoch_sec: int
+    usage: VersionUsage | None = None
 
 
 class KeyGroupView(Struct, rename="camel"):
@@ -151,8 +164,11 @@ class Reply(Struct, tag_field="status", rename="camel", kw_only=True, omit_defau
         return f"<{type(self).__name__}>"
 
 
-class DetailReply(Reply, tag="ok"):
+class DetailReply(Reply, tag="ok", rename="camel"):
+    """`until_epoch_sec` is when what was done for a time ends."""
+
     detail: str
+    until_epoch_sec: int | None = None
 
 
 class DataKeyReply(Reply, tag="ok", rename="camel"):

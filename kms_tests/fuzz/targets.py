@@ -147,7 +147,7 @@ def _made_world() -> World:
 def _pipeline(provider: LocalMasterKeyProvider) -> RequestPipeline:
     # Only the data plane is fuzzed through it, so there is nobody to change keys.
     nobody: Any = None
-    handlers = Handlers(provider, nobody, new_data_key=lambda: os.urandom(limits.KEY_BYTES))
+    handlers = Handlers(provider, nobody, nobody, new_data_key=lambda: os.urandom(limits.KEY_BYTES))
     return RequestPipeline(handlers, Authenticator(_secret(API), _secret(ADMIN)), AllowAll())
 
 
