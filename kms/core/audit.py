@@ -94,8 +94,11 @@ class EventRecord(Struct, kw_only=True, omit_defaults=True, rename="camel", gc=F
 Record = OperationRecord | EventRecord
 
 
-class Chain(NamedTuple):
-    """Where a log ends: the number and the MAC of its last record."""
+class Chain(Struct, frozen=True, gc=False):
+    """Where a log ends: the number and the MAC of its last record.
+
+    A msgspec struct, since a NamedTuple takes 0.2 us to make, and this 0.07.
+    """
 
     seq: int
     mac: bytes
@@ -151,6 +154,7 @@ class AuditKeys:
 
 
 _encode: Final = msgspec.json.Encoder().encode
+_b2a_base64: Final = binascii.b2a_base64
 
 
 def seal(records: Sequence[Record], chain: Chain, keys: AuditKeys) -> tuple[bytes, Chain]:
@@ -158,19 +162,19 @@ def seal(records: Sequence[Record], chain: Chain, keys: AuditKeys) -> tuple[byte
 
     `chain` is what it was until the caller has written the lines. Takes 1.4 us for a record.
     """
-    seq, mac = chain
+    seq, mac = chain.seq, chain.mac
     lines = []
     for record in records:
         record.seq = seq = seq + 1
         body = _encode(record)
         mac = keys.mac(mac + body)
-        lines.append(b'%b,"mac":"%b"}\n' % (body[:-1], to_text(mac)))
+        lines.append(b'%b,"mac":"%b"}\n' % (body[:-1], _b2a_base64(mac, newline=False)))
     return b"".join(lines), Chain(seq, mac)
 
 
 def to_text(data: bytes) -> bytes:
     """Standard base64."""
-    return binascii.b2a_base64(data, newline=False)
+    return _b2a_base64(data, newline=False)
 
 
 def from_text(text: bytes | str) -> bytes | None:
@@ -261,7 +265,8 @@ def decode_head(raw: bytes, keys: AuditKeys) -> Head | None:
     """The head in a head file; None when it was not made under `keys`, or was altered."""
     end = len(raw) - _SUFFIX_BYTES - 1
     body = raw[:end] + b"}"
-    if end < 0 or raw[end:] != b',"mac":"%b"}\n' % to_text(keys.mac(_HEAD_DOMAIN + body)):
+    expected = b',"mac":"%b"}\n' % to_text(keys.mac(_HEAD_DOMAIN + body))
+    if end < 0 or not hmac.compare_digest(raw[end:], expected):
         return None
     return _head_decoder.decode(body)
 

@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, Protocol
 
 from kms.core import ciphertext
 from kms.core.audit import OperationRecord
@@ -95,8 +95,11 @@ class AuditTrail:
 
     def write(self, turn: Turn) -> None:
         """Put on record what is wanted of it; raises `UnavailableError`."""
-        wants_all, wants = self._wants_all, self._wants
-        records = [_record(served) for _, served in turn if served is not None and (wants_all or wants(served))]
+        records: list[OperationRecord] = []
+        # Mostly it is one: the call that a comprehension is would take 0.2 us.
+        for _, served in turn:
+            if served is not None and (self._wants_all or self._wants(served)):
+                records.append(_record(served))
         if records:
             self._log.write(records)
 
@@ -110,7 +113,7 @@ class AuditTrail:
 def _record(served: Served) -> OperationRecord:
     peer, request, kind, error = served.peer, served.request, served.kind, served.error
     pid, uid, _ = peer.credentials or (None, None, None)
-    key = _KEYS[type(request)](request, served.reply) if request is not None else _NO_KEY
+    group, version, from_group, from_version = _NO_KEY if request is None else _KEYS[type(request)](request, served.reply)
     return OperationRecord(
         connection=peer.connection,
         request=served.number,
@@ -120,43 +123,38 @@ def _record(served: Served) -> OperationRecord:
         pid=pid,
         port=peer.port,
         operation="-" if kind is None else _NAMES[kind],
-        group=key.group,
-        version=key.version,
-        from_group=key.from_group,
-        from_version=key.from_version,
+        group=group,
+        version=version,
+        from_group=from_group,
+        from_version=from_version,
         outcome="refused" if error is not None else "begun" if served.reply is None else "ok",
         error_code=None if error is None else error.code,
     )
 
 
-class _Key(NamedTuple):
-    """The key of a request: the version that was used, else what the request claims; and the one that was moved from."""
+_Key = tuple[str | None, int | None, str | None, int | None]
+"""The key of a request: group and version that were used, else what the request claims; and those that were moved from."""
 
-    group: str | None = None
-    version: int | None = None
-    from_group: str | None = None
-    from_version: int | None = None
-
-
-_NO_KEY: Final = _Key()
+_NO_KEY: Final[_Key] = (None, None, None, None)
 
 
 def _key_of_encrypt(request: Encrypt, reply: CiphertextReply | None) -> _Key:
-    return _Key(bounded_name(group_of(request.key_id)), None if reply is None else ciphertext.version_of(reply.ciphertext))
+    version = None if reply is None else ciphertext.version_of(reply.ciphertext)
+    return bounded_name(group_of(request.key_id)), version, None, None
 
 
 def _key_of_data_key(request: GenerateDataKey, reply: DataKeyReply | None) -> _Key:
     version = None if reply is None else ciphertext.version_of(reply.wrapped_data_key)
-    return _Key(bounded_name(group_of(request.key_id)), version)
+    return bounded_name(group_of(request.key_id)), version, None, None
 
 
 def _key_of_decrypt(request: Decrypt, reply: Reply | None) -> _Key:
-    return _Key(*_claimed(request.ciphertext))
+    return *_claimed(request.ciphertext), None, None
 
 
 def _key_of_re_encrypt(request: ReEncrypt, reply: CiphertextReply | None) -> _Key:
     version = None if reply is None else ciphertext.version_of(reply.ciphertext)
-    return _Key(bounded_name(group_of(request.key_id)), version, *_claimed(request.ciphertext))
+    return bounded_name(group_of(request.key_id)), version, *_claimed(request.ciphertext)
 
 
 def _claimed(blob: bytes) -> tuple[str | None, int | None]:
@@ -167,11 +165,11 @@ def _claimed(blob: bytes) -> tuple[str | None, int | None]:
 
 
 def _key_of_group(request: GroupRequest, reply: KeyGroupReply | None) -> _Key:
-    return _Key(bounded_name(request.key_id), None if reply is None else reply.key_group.active_version)
+    return bounded_name(request.key_id), None if reply is None else reply.key_group.active_version, None, None
 
 
 def _key_of_version(request: VersionRequest, reply: Reply | None) -> _Key:
-    return _Key(bounded_name(request.key_id), request.version)
+    return bounded_name(request.key_id), request.version, None, None
 
 
 def _no_key(request: Request, reply: Reply | None) -> _Key:
