@@ -55,7 +55,7 @@ def _keyring(*groups: KeyGroup, generation: int = 3) -> Keyring:
 
 
 KEYRING = _keyring(_group("default", ACTIVE), _group("billing", DESTROYED, DISABLED, ENABLED, ACTIVE))
-RAW = document.Encoder().encode(KEYRING, HEADER, KEYS.seal_check(), KEYS)
+RAW = bytes(document.Encoder().encode(KEYRING, HEADER, KEYS.seal_check(), KEYS))
 
 
 def _open(raw: bytes, passphrase: bytes = PASSPHRASE) -> Keyring:
@@ -117,7 +117,7 @@ def test_what_is_written_is_read_back() -> None:
 )
 def test_every_keyring_that_is_written_is_read_back(names: list[str], older: list[VersionStatus], generation: int) -> None:
     keyring = _keyring(*(_group(name, *older, ACTIVE) for name in names), generation=generation)
-    opened = _open(document.Encoder().encode(keyring, HEADER, KEYS.seal_check(), KEYS))
+    opened = _open(bytes(document.Encoder().encode(keyring, HEADER, KEYS.seal_check(), KEYS)))
     assert opened == keyring
 
 

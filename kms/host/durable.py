@@ -42,7 +42,9 @@ class DurableFile:
         with memoryview(data) as rest:
             written = 0
             while written < len(rest):
-                written += os.write(self._descriptor, rest[written:])
+                # Let go even when it fails: what still refers to a buffer keeps it from being filled anew.
+                with rest[written:] as unwritten:
+                    written += os.write(self._descriptor, unwritten)
 
     def commit(self) -> None:
         """Make it durable under its name. `OSError` when it failed before the rename, `RenameError` at or after it."""

@@ -289,7 +289,7 @@ def check_reencrypt(data: bytes) -> None:
 
 def encode3() -> bytes:
     """The world's keyring in format 3."""
-    return document.Encoder().encode(world().keyring, HEADER, _root_check(), world().keys)
+    return bytes(document.Encoder().encode(world().keyring, HEADER, _root_check(), world().keys))
 
 
 @cache
@@ -420,7 +420,7 @@ def check_legal(raw: bytes, open_: Callable[[bytes], Keyring]) -> Keyring | None
             destroyed = version.status is Status.DESTROYED
             _require((version.key is None) is destroyed and (version.wrapped is None) is destroyed, "a key out of place")
     if open_ is open3:
-        saved = document.Encoder().encode(keyring, HEADER, _root_check(), world().keys)
+        saved = bytes(document.Encoder().encode(keyring, HEADER, _root_check(), world().keys))
         _require(open3(saved) == keyring, "a keyring that does not survive a save")
     return keyring
 

@@ -183,7 +183,7 @@ def test_a_format_3_keystore_that_we_write_is_read_by_the_other(
         root_keys = RootKeys(root)
     keyring = Keyring(generation, {group.name: _built(group, root_keys) for group in expected})
     raw = document.Encoder().encode(keyring, header, root_keys.seal_check(), root_keys)
-    assert independent.read_format3(raw, PASSPHRASE) == (generation, expected)
+    assert independent.read_format3(bytes(raw), PASSPHRASE) == (generation, expected)
 
 
 def _built(group: Group, root_keys: RootKeys) -> KeyGroup:
