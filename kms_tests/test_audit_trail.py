@@ -310,4 +310,4 @@ def test_without_a_trail_nothing_is_kept_of_a_turn() -> None:
     for _ in range(3):
         session.serve(request("Encrypt", plaintext=""))
     assert session.commit() is None
-    assert session._turn == []
+    assert session.turn == []

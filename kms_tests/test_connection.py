@@ -1,10 +1,13 @@
-"""One connection: order, bounds and the drain. The clock jumps; no test waits."""
+"""One connection: order, bounds and the drain. The clock jumps; no test waits.
+
+Each test is played twice: with nothing to be put on record, and with everything, which goes through the outbox.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -12,18 +15,32 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kms.server.audit_trail import Turn
 from kms.server.connection import Connection, ConnectionBounds
 from kms.server.middleware import Later, Rejection
+from kms.server.outbox import Outbox
 
 
 class Echo:
     """Answers each line with itself; `slow:` lines answer when `gate` is set."""
+
+    is_recorded = False
 
     def __init__(self) -> None:
         self.served: list[bytes] = []
         self.gate = trio.Event()
         self.commits: list[int] = []
         self.instead: bytes | None = None
+        self.bug: Exception | None = None
+        self.taken = 0
+
+    @property
+    def turn(self) -> Turn:
+        return [(line, None) for line in self.served[self.taken :]] if self.is_recorded else []
+
+    def take(self) -> Turn:
+        turn, self.taken = self.turn, len(self.served)
+        return turn
 
     def serve(self, line: bytes) -> bytes | Later:
         self.served.append(line)
@@ -40,7 +57,20 @@ class Echo:
 
     def commit(self) -> bytes | None:
         self.commits.append(len(self.served))
+        self.take()
         return self.instead
+
+    def commit_together(self, turns: Sequence[Turn]) -> list[bytes | None]:
+        if self.bug is not None:
+            raise self.bug
+        self.commits.append(len(self.served))
+        return [self.instead for _ in turns]
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["unrecorded", "recorded"])
+def is_recorded(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    monkeypatch.setattr(Echo, "is_recorded", request.param)
+    return bool(request.param)
 
 
 BOUNDS = ConnectionBounds(max_frame_bytes=100, idle_timeout=30, write_timeout=10)
@@ -55,7 +85,7 @@ def connected(
     theirs.settimeout(0)
     client = trio.SocketStream(trio.socket.from_stdlib_socket(theirs))
     try:
-        yield Connection(ours, pipeline, bounds), client, ours
+        yield Connection(ours, pipeline, bounds, Outbox(pipeline.commit_together)), client, ours
     finally:
         theirs.close()
         ours.close()
@@ -391,19 +421,20 @@ async def _order_of(greedy_lines: bytes, pipeline: Echo, after: int, *, clients:
         return reply
 
     bounds = ConnectionBounds(max_frame_bytes=1 << 20, idle_timeout=30, write_timeout=10)
+    outbox = Outbox(pipeline.commit_together)
     with contextlib.ExitStack() as sockets:
         pipeline.serve = ordered  # type: ignore[method-assign]
         async with trio.open_nursery() as nursery:
             for sock in (modest_ours, modest):
                 sockets.enter_context(sock)
             modest_ours.settimeout(0)
-            nursery.start_soon(Connection(modest_ours, pipeline, bounds).serve)
+            nursery.start_soon(Connection(modest_ours, pipeline, bounds, outbox).serve)
             for _ in range(clients):
                 ours, greedy = socket.socketpair()
                 for sock in (ours, greedy):
                     sockets.enter_context(sock)
                     sock.settimeout(0)
-                nursery.start_soon(Connection(ours, pipeline, bounds).serve)
+                nursery.start_soon(Connection(ours, pipeline, bounds, outbox).serve)
                 stream = trio.SocketStream(trio.socket.from_stdlib_socket(greedy))
                 nursery.start_soon(stream.send_all, greedy_lines)
             while b"modest" not in pipeline.served:

@@ -9,9 +9,9 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import trio
@@ -31,9 +31,11 @@ from kms.errors import (
 from kms.host import durable, hardening
 from kms.keystore.file import KeystoreLock
 from kms.server import daemon
+from kms.server.audit_trail import Turn
 from kms.server.config import ServerConfig, resolve
 from kms.server.connection import ConnectionBounds
 from kms.server.middleware import Later
+from kms.server.outbox import Outbox
 from kms.server.served import Credentials, Peer
 from kms_tests.integration.processes import eventually
 
@@ -302,6 +304,10 @@ async def test_a_client_that_left_at_once_has_no_port_and_makes_no_noise() -> No
         assert daemon.peer_of(gone, 7, "tcp") == Peer(7, "tcp")
 
 
+def nothing_to_do(turns: Sequence[Turn]) -> list[bytes | None]:
+    return [None] * len(turns)
+
+
 class Broken:
     """A session with a bug outside what it contains itself."""
 
@@ -310,8 +316,13 @@ class Broken:
     def __init__(self, peer: Peer) -> None:
         pass
 
+    turn: ClassVar[Turn] = []
+
     def commit(self) -> bytes | None:
         return None
+
+    def take(self) -> Turn:
+        return []
 
     def serve(self, line: bytes) -> bytes | Later:
         raise RuntimeError(self.text)
@@ -321,7 +332,7 @@ class Broken:
 
 
 async def test_one_connections_failure_never_touches_another(caplog: pytest.LogCaptureFixture) -> None:
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
     ours, theirs = socket.socketpair()
     ours.settimeout(0)
     with theirs:
@@ -339,7 +350,7 @@ async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_end
         raise OSError(22, "Invalid argument")
 
     monkeypatch.setattr(daemon, "peer_of", refuse)
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
     ours, theirs = socket.socketpair()
     with theirs:
         await crowd.serve(ours, "unix")
@@ -348,7 +359,7 @@ async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_end
 
 
 async def test_connections_are_counted_by_transport() -> None:
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
     with contextlib.ExitStack() as held:
         async with trio.open_nursery() as nursery:
             clients = []
@@ -373,7 +384,7 @@ async def test_connections_are_counted_by_transport() -> None:
 
 
 async def test_a_connection_that_arrives_while_draining_is_closed() -> None:
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), max_connections=2)
+    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
     crowd.drain()
     ours, theirs = socket.socketpair()
     with theirs:

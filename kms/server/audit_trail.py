@@ -93,13 +93,14 @@ class AuditTrail:
         """Put the outcome of a change on record, now or as soon as that can be done; raises `UnavailableError`."""
         self._log.write([_record(served)], keep=True)
 
-    def write(self, turn: Turn) -> None:
-        """Put on record what is wanted of it; raises `UnavailableError`."""
-        records: list[OperationRecord] = []
-        # Mostly it is one: the call that a comprehension is would take 0.2 us.
-        for _, served in turn:
-            if served is not None and (self._wants_all or self._wants(served)):
-                records.append(_record(served))
+    def write(self, turns: Sequence[Turn]) -> None:
+        """Put on record what is wanted of them, all or nothing; raises `UnavailableError`."""
+        records = [
+            _record(served)
+            for turn in turns
+            for _, served in turn
+            if served is not None and (self._wants_all or self._wants(served))
+        ]
         if records:
             self._log.write(records)
 

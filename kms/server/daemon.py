@@ -42,6 +42,7 @@ from kms.server.handlers import Handlers
 from kms.server.listeners import UnixListener, open_tcp
 from kms.server.local_provider import KeyringHolder, LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, RequestPipeline, log_bug
+from kms.server.outbox import Outbox
 from kms.server.served import Credentials, Observer, Peer
 from kms.server.team import Access, Clock, load_access
 from kms.server.trials import ScheduleAuthenticator, Trials
@@ -141,7 +142,7 @@ async def _serve(
     pipeline = RequestPipeline(handlers, access.authenticator, access.policy, observers, keeper.trail)
     schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), observers, keeper.trail)
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
-    crowd = Crowd(pipeline.session, bounds, config.max_connections)
+    crowd = Crowd(pipeline.session, bounds, Outbox(pipeline.commit), config.max_connections)
     status = EXIT_OK
     try:
         with _listening(config) as (listeners, addresses), _metrics(config, meters, actor, crowd, keeper) as metrics:
@@ -292,6 +293,7 @@ class Crowd:
 
     session: Callable[[Peer], Session]
     bounds: ConnectionBounds
+    outbox: Outbox
     max_connections: int
     open: Counter[str] = field(default_factory=Counter)
     """How many are served now, by transport."""
@@ -314,7 +316,7 @@ class Crowd:
             self.open[transport] += 1
             try:
                 peer = peer_of(sock, next(self._numbers), transport)
-                await self._serve(Connection(sock, self.session(peer), self.bounds))
+                await self._serve(Connection(sock, self.session(peer), self.bounds, self.outbox))
             except* Exception as errors:
                 log_bug("a connection failed", errors)
             finally:

@@ -151,17 +151,27 @@ class RequestPipeline:
         """What answers the requests of one connection."""
         return Session(self, peer)
 
+    def commit(self, turns: Sequence[Turn]) -> list[bytes | None]:
+        """Put turns on record, all or none: for each None when that is done, or what to send instead."""
+        if self.trail is not None:
+            try:
+                self.trail.write(turns)
+            except UnavailableError as error:
+                return [unrecorded(turn, error) for turn in turns]
+        return [None] * len(turns)
+
 
 class Session:
     """The requests of one connection, numbered in the order in which they come."""
 
-    __slots__ = ("_number", "_peer", "_pipeline", "_turn")
+    __slots__ = ("_number", "_peer", "_pipeline", "turn")
 
     def __init__(self, pipeline: RequestPipeline, peer: Peer) -> None:
         self._pipeline = pipeline
         self._peer = peer
         self._number = 0
-        self._turn: Turn = []
+        self.turn: Turn = []
+        """What was served and is not on record yet; empty where no record is kept."""
 
     def serve(self, line: bytes) -> bytes | Later:
         """The reply line to `line`, without its line end; for the control plane, what to call for it."""
@@ -193,17 +203,12 @@ class Session:
 
     def commit(self) -> bytes | None:
         """Put what was served since the last time on record: None when that is done, or what to send instead."""
-        turn = self._turn
-        if not turn:
-            return None
-        self._turn = []
-        trail = self._pipeline.trail
-        try:
-            if trail is not None:
-                trail.write(turn)
-        except UnavailableError as error:
-            return unrecorded(turn, error)
-        return None
+        return self._pipeline.commit([self.take()])[0] if self.turn else None
+
+    def take(self) -> Turn:
+        """The same, for who puts it on record otherwise."""
+        turn, self.turn = self.turn, []
+        return turn
 
     async def _serve_control(self, number: int, request: Request, began: float) -> bytes:
         pipeline = self._pipeline
@@ -279,7 +284,7 @@ class Session:
             except UnavailableError as error:
                 reply = ErrorReply(error.code, str(error), request_id=served.request_id)
         line = encode(reply)
-        self._turn.append((line, waits_for))
+        self.turn.append((line, waits_for))
         return line
 
 
