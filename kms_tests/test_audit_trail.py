@@ -13,7 +13,7 @@ from kms.core.audit import OperationRecord
 from kms.core.keyring import Command, KeyGroup
 from kms.core.policy import AllowAll, KeyAuthorizationPolicy
 from kms.errors import InternalError, UnavailableError
-from kms.server.audit_trail import AuditTrail
+from kms.server.audit_trail import AuditTrail, Turn
 from kms.server.config import DataAudit
 from kms.server.served import Credentials, Peer
 from kms_tests.test_middleware import ADMIN, API, PEER, Only, Server, _finish, text
@@ -287,6 +287,24 @@ def test_a_reply_to_a_change_goes_out_whatever_becomes_of_its_neighbours(server:
     rotate = request("RotateKeyGroup", ADMIN, keyId="default")
     replies = server.turn(request("Encrypt", plaintext=""), rotate, request("Encrypt", plaintext=""))
     assert [reply.get("errorCode", "ok") for reply in replies] == ["Unavailable", "ok", "Unavailable"]
+
+
+def test_the_turns_of_many_connections_are_one_write_and_each_fails_with_its_own_replies(server: Audited) -> None:
+    sessions = [server.pipeline.session(Peer(number, "unix")) for number in (1, 2)]
+
+    def serve() -> list[Turn]:
+        for number, session in enumerate(sessions):
+            session.serve(request("Encrypt", plaintext="", requestId=f"r{number}"))
+        return [session.take() for session in sessions]
+
+    assert server.pipeline.commit(serve()) == [None, None]
+    assert server.log.writes == 1
+    assert [(record.connection, record.request_id) for record in server.log.records] == [(1, "r0"), (2, "r1")]
+    turns = serve()
+    server.log.is_failing = True
+    replies = [json.loads(line or b"") for line in server.pipeline.commit(turns)]
+    assert [(reply["errorCode"], reply["requestId"]) for reply in replies] == [("Unavailable", "r0"), ("Unavailable", "r1")]
+    assert [session.turn for session in sessions] == [[], []]
 
 
 def test_a_change_that_fails_is_on_record_with_its_failure(server: Audited) -> None:

@@ -10,6 +10,7 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kms.limits import READ_BYTES
 from kms.server.audit_trail import Turn
 from kms.server.connection import Connection, ConnectionBounds
 from kms.server.outbox import Outbox
@@ -94,7 +95,8 @@ async def test_each_is_sent_what_stands_in_for_its_reply(autojump_clock: MockClo
             nursery.cancel_scope.cancel()
 
 
-LONG = b"x" * 60_000 + b"\n"
+LONG = b"x" * (READ_BYTES - 1) + b"\n"
+"""As long as one that goes through the outbox can be, and more than a small socket buffer takes."""
 
 
 async def test_what_the_socket_did_not_take_is_sent_to_a_client_that_is_silent_and_reads(autojump_clock: MockClock) -> None:
@@ -154,6 +156,41 @@ async def test_a_drain_waits_for_what_is_still_to_be_sent(autojump_clock: MockCl
             await wait_all_tasks_blocked()
             connection.drain()
             assert await read_to_end(client) == LONG
+
+
+async def test_a_drain_in_the_round_in_which_a_reply_is_sent_in_part_loses_none_of_it(autojump_clock: MockClock) -> None:
+    class Late(Office):
+        def commit(self, turns: Sequence[Turn]) -> list[bytes | None]:
+            connection.drain()
+            return super().commit(turns)
+
+    with Late() as office:
+        connection, theirs, ours = office.connect()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client = stream_of(theirs)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(LONG)
+            await wait_all_tasks_blocked()
+            assert await read_to_end(client) == LONG
+
+
+async def test_a_drain_closes_a_connection_whose_replies_were_sent_in_pieces_before(autojump_clock: MockClock) -> None:
+    with Office() as office:
+        connection, theirs, ours = office.connect()
+        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+        client = stream_of(theirs)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(connection.serve)
+            await client.send_all(LONG)
+            received = 0
+            while received < len(LONG):
+                received += len(await client.receive_some(100_000))
+            await wait_all_tasks_blocked()
+            start = trio.current_time()
+            connection.drain()
+            assert await read_to_end(client) == b""
+        assert trio.current_time() - start < 1
 
 
 async def test_a_drain_between_the_answer_and_its_sending_loses_no_reply(autojump_clock: MockClock) -> None:
