@@ -80,7 +80,15 @@ def read(path: Path) -> Document:
         except OSError as error:
             raise FileAccessError(f"cannot read {path}: {error.strerror}") from error
     try:
+        return decode(raw)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from None
+
+
+def decode(raw: bytes) -> Document:
+    """What the bytes of a file say; raises `InputError`."""
+    try:
         return _decoder.decode(raw)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         # Not chained, and not told: what is wrong with it may be anything.
-        raise InputError(f"{path} is damaged, or of another version of mini-kms") from None
+        raise InputError("is damaged, or of another version of mini-kms") from None
