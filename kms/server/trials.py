@@ -75,6 +75,7 @@ class Trials:
             except WireError:
                 if trial is not None:
                     self._usage.resume(name, trial)
+                    self._changed.set()
                 raise
             if trial is not None:
                 _report(name, trial, "stays disabled")
@@ -187,7 +188,10 @@ class Trials:
                     retry_at[name] = self._usage.clock() + TIMED_DISABLE_RETRY_SECONDS
             if due:
                 continue
-            next_end = min((max(t.until_epoch_sec, retry_at.get(n, 0)) for n, t in running.items()), default=math.inf)
+            if not running:
+                await self._changed.wait()
+                continue
+            next_end = min(max(trial.until_epoch_sec, retry_at.get(name, 0)) for name, trial in running.items())
             with trio.move_on_after(min(next_end - now, _LONGEST_SLEEP)):
                 await self._changed.wait()
 
