@@ -63,6 +63,8 @@ class World(Server):
         return START + round(trio.current_time() - self.set_back, 3)
 
     async def save(self) -> None:
+        # Twice: so that all others have had their turn meanwhile, in whatever order.
+        await trio.lowlevel.checkpoint()
         await trio.lowlevel.checkpoint()
         if self.disk_fails:
             raise OSError(28, "No space left on device")
@@ -236,6 +238,7 @@ async def test_what_is_asked_for_before_its_end_ends_it_and_stays(
     trial = running.trial()
     assert trial is not None
     assert trial.ended_epoch_sec == START + 10
+    assert running.usage.on_disk == set(), "the file does not say otherwise either"
     await trio.sleep(3600)
     assert running.status() is after
 
@@ -278,16 +281,21 @@ async def test_who_may_not_any_more_neither_begins_nor_moves_it(world: World, au
     world.pipeline.admit(world.pipeline.authenticator, may_not)
     assert (await world.disable_for(3600))["errorCode"] == "Unauthorized"
     assert world.usage.running[NAME].until_epoch_sec == START + 60
-    world.pipeline.admit(world.pipeline.authenticator, permitted)
-    await world.change("EnableVersion")
-    calls = iter([permitted, may_not])
 
     class Revoked:
         """Allows it when it is asked for, and no more when it is taken up."""
 
-        def allows(self, *arguments: Any) -> bool:
-            return next(calls).allows(*arguments)
+        def __init__(self) -> None:
+            self.calls = iter([permitted, may_not])
 
+        def allows(self, *arguments: Any) -> bool:
+            return next(self.calls).allows(*arguments)
+
+    world.pipeline.admit(world.pipeline.authenticator, Revoked())
+    assert (await world.disable_for(3600))["errorCode"] == "Unauthorized"
+    assert world.usage.running[NAME].until_epoch_sec == START + 60
+    world.pipeline.admit(world.pipeline.authenticator, permitted)
+    await world.change("EnableVersion")
     world.pipeline.admit(world.pipeline.authenticator, Revoked())
     assert (await world.disable_for(60))["errorCode"] == "Unauthorized"
     assert world.status() is VersionStatus.ENABLED
@@ -321,6 +329,9 @@ async def test_one_that_fails_holds_up_no_other(running: World, autojump_clock: 
     running.manager.enable_version = failing  # type: ignore[method-assign]
     await trio.sleep(63)
     assert (running.status(1), running.status(2)) == (VersionStatus.DISABLED, VersionStatus.ENABLED)
+    assert ("(schedule)", "EnableVersion", 1, "refused") in [
+        (r.principal, r.operation, r.version, r.outcome) for r in running.log.records
+    ]
 
 
 async def test_one_whose_time_was_over_before_the_start_is_enabled_at_the_start(

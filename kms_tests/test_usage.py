@@ -11,12 +11,18 @@ import trio
 from trio.testing import MockClock
 
 from kms.core import ciphertext
+from kms.core.keyring import EnableVersion
+from kms.core.policy import AllowAll, Operation
 from kms.core.usage import OTHERS, Operations, TimedDisable
 from kms.keystore import usage_file
 from kms.limits import MAX_REFUSED_NAMES, USAGE_FLUSH_SECONDS
 from kms.server import usage as usage_module
+from kms.server.handlers import Handlers
+from kms.server.local_provider import LocalMasterKeyProvider
+from kms.server.middleware import RequestPipeline
+from kms.server.trials import Trials
 from kms.server.usage import Usage, load
-from kms_tests.test_middleware import Only, Server, text
+from kms_tests.test_middleware import Only, Server, text, unrecorded
 
 NOW = 1_800_000_000
 NAME = ("default", 1)
@@ -34,7 +40,9 @@ class Counted(Server):
     def restart(self) -> None:
         """As after a stop: all that is known is what the file says."""
         self.usage = Usage(self.manager.current, load(self.path), self.path, lambda: self.now)
-        self.pipeline.observers = (self.usage,)
+        trials = Trials(self.manager, self.usage, unrecorded)
+        handlers = Handlers(LocalMasterKeyProvider(self.manager), trials, trials, new_data_key=lambda: bytes(32))
+        self.pipeline = RequestPipeline(handlers, self.pipeline.authenticator, AllowAll(), [self.usage])
 
     def later(self, seconds: float) -> None:
         self.now += seconds
@@ -190,6 +198,7 @@ async def test_a_disk_that_fails_is_told_once_and_nothing_is_lost_when_it_works_
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
+    await server.usage.flush()
     monkeypatch.setattr(usage_file, "write", full)
     server.encrypt()
     for _ in range(3):
@@ -256,7 +265,7 @@ async def test_what_is_counted_while_it_is_written_is_for_the_next_time(
 
 async def test_a_large_table_is_encoded_in_slices(server: Counted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage_module, "USAGE_SLICE", 1)
-    for name in ("a", "b", "c"):
+    for name in "abcdef":
         server.admin("CreateKeyGroup", keyId=name)
         server.ask("Encrypt", plaintext="", keyId=name)
     turns = 0
@@ -283,7 +292,8 @@ async def test_one_cancelled_between_two_slices_has_forgotten_nothing(
         server.ask("Encrypt", plaintext="", keyId=name)
     with trio.CancelScope() as scope:
         scope.cancel()
-        await server.usage.flush()
+        await server.usage._encode()
+    assert scope.cancelled_caught
     await server.usage.flush()
     assert sorted(record.key_id for record in usage_file.read(path).versions) == ["a", "b", "c"]
 
@@ -321,9 +331,10 @@ def test_a_crowd_of_principals_is_told_apart_up_to_a_bound(server: Counted) -> N
     for number in range(MAX_REFUSED_NAMES + 3):
         server.usage._count_refusal(ciphertext.header(*NAME) + bytes(40), f"p{number}")
     server.ask("Decrypt", ciphertext=sealed)
+    server.usage._count_refusal(ciphertext.header(*NAME) + bytes(40), "p0")
     refused = server.usage.running[NAME].refused
     assert len(refused) == MAX_REFUSED_NAMES + 1
-    assert refused[OTHERS].requests == 4
+    assert (refused[OTHERS].requests, refused["p0"].requests) == (4, 2)
 
 
 async def test_who_was_refused_is_known_after_a_restart(server: Counted) -> None:
@@ -339,8 +350,36 @@ async def test_who_was_refused_is_known_after_a_restart(server: Counted) -> None
 async def test_an_end_that_a_crash_has_left_for_a_version_that_is_enabled_is_dropped(server: Counted, path: Path) -> None:
     disabled(server)
     await server.usage.flush()
-    server.admin("EnableVersion", keyId="default", version=1)
+    server.manager._apply(EnableVersion("default", 1))
     server.restart()
     assert server.usage.running == {}
     await server.usage.flush()
     assert usage_file.read(path).versions[0].timed_disable is None
+
+
+def test_a_group_is_described_with_the_use_of_each_version(server: Counted) -> None:
+    server.encrypt()
+    server.admin("RotateKeyGroup", keyId="default")
+    group = server.admin("DescribeKeyGroup", keyId="default")["keyGroup"]
+    assert [version["usage"] for version in group["versions"]] == [
+        {"sinceEpochSec": NOW, "operations": {"Encrypt": 1}, "lastUsedEpochSec": NOW, "lastUsedBy": "api"},
+        {"sinceEpochSec": NOW, "operations": {}},
+    ]
+    assert server.admin("DescribeKeyGroup", keyId="nobody")["message"] == "keyId: no such key group"
+    assert server.ask("DescribeKeyGroup", keyId="default")["errorCode"] == "AuthFailed", "it is of the control plane"
+
+
+def test_a_list_tells_of_use_only_when_asked_and_only_where_that_may_be_known(server: Counted) -> None:
+    server.admin("CreateKeyGroup", keyId="billing")
+
+    def told(**fields: Any) -> dict[str, bool]:
+        groups = server.admin("ListKeyGroups", **fields)["keyGroups"]
+        return {group["keyId"]: "usage" in group["versions"][0] for group in groups}
+
+    assert told() == {"default": False, "billing": False}
+    assert told(usage=True) == {"default": True, "billing": True}
+    listing = [(Operation.LIST_KEY_GROUPS, name) for name in (None, "default", "billing")]
+    policy = Only(*listing, (Operation.DESCRIBE_KEY_GROUP, "billing"))
+    server.pipeline.admit(server.pipeline.authenticator, policy)
+    assert told(usage=True) == {"default": False, "billing": True}
+    assert server.admin("DescribeKeyGroup", keyId="default")["errorCode"] == "Unauthorized"
