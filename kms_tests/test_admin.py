@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import time
 from hashlib import sha256
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from kms.cli import prompt
+from kms.cli import prompt, retiring
 from kms.cli.admin import main
 from kms.client import blocking
 from kms.core import derive
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
-from kms.core.usage import Operations, VersionUsage
-from kms.errors import SaveFailedError, SaveOutcomeUnknownError
+from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
+from kms.errors import SaveFailedError, SaveOutcomeUnknownError, UnauthorizedError
 from kms.keystore import file
 from kms.keystore.audit_log import AuditLog
 from kms.keystore.file import KeystoreLock
@@ -148,6 +149,104 @@ def test_destroy_version_without_terminal_and_yes_does_nothing(fake: FakeAdmin, 
     assert main(["destroy-version", "--key", "billing", "--version", "3"]) == 64
     assert "--yes" in capsys.readouterr().err
     assert fake.asked == [("describe", "billing")]
+
+
+def test_destroy_version_of_one_that_was_just_used_wants_the_name_of_its_group(
+    fake: FakeAdmin, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted: list[str] = []
+    monkeypatch.setattr(prompt, "confirm_by_name", lambda _question, name, _what, _remedy: wanted.append(name))
+    fake.described.versions[0].usage = VersionUsage(
+        since_epoch_sec=0, operations=Operations(encrypt=1), last_used_epoch_sec=int(time.time()), last_used_by="nightly"
+    )
+    assert main(["destroy-version", "--key", "billing", "--version", "3"]) == 0
+    assert wanted == ["billing"]
+
+
+def test_destroy_version_with_yes_asks_neither_a_person_nor_how_it_was_used(fake: FakeAdmin) -> None:
+    assert main(["destroy-version", "--key", "billing", "--version", "3", "--yes"]) == 0
+    assert fake.asked == [("destroy", "billing", 3)]
+
+
+def test_list_keys_asks_for_usage_only_when_told(fake: FakeAdmin, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["list-keys"]) == 0
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "admin")
+    assert main(["list-keys", "--usage"]) == 0
+    assert fake.asked == [("list", False), ("list", True)]
+
+
+def test_describe_key(fake: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert main(["describe-key", "--key", "billing"]) == 0
+    assert "version 3 is DISABLED" in capsys.readouterr().out
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "admin")
+    assert main(["--json", "describe-key", "--key", "billing"]) == 0
+    assert json.loads(capsys.readouterr().out)["keyGroup"]["versions"][0]["usage"] == {
+        "sinceEpochSec": 1700000000,
+        "operations": {},
+    }
+
+
+@pytest.fixture
+def over(fake: FakeAdmin) -> TimedDisable:
+    """A timed disable of version 3, which has ended."""
+    trial = TimedDisable("admin", 100, 160, {"nightly": Refusals(2, 130)}, 160)
+    usage = VersionUsage(since_epoch_sec=0, operations=Operations(), timed_disable=trial)
+    fake.described.versions[0] = VersionView(3, "ENABLED", 0, usage)
+    return trial
+
+
+def test_disable_version_for_a_time_waits_and_tells_who_was_refused(
+    fake: FakeAdmin, over: TimedDisable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disable = ["disable-version", "--key", "billing", "--version", "3", "--for", "1m"]
+    assert main(disable) == 0
+    assert fake.asked[0] == ("disable", "billing", 3, 60)
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == "billing v3 is ENABLED; refused while it was disabled:"
+    assert second.startswith("  nightly: 2 requests, last ")
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "admin")
+    assert main(["--json", *disable]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["keyId"], told["version"], told["status"]) == ("billing", 3, "ENABLED")
+    assert told["timedDisable"]["refused"] == {"nightly": {"requests": 2, "lastEpochSec": 130}}
+
+
+def test_disable_version_need_not_wait(fake: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["disable-version", "--key", "billing", "--version", "3", "--for", "2h", "--no-wait"]) == 0
+    assert fake.asked == [("disable", "billing", 3, 7200)]
+    assert capsys.readouterr().out == "billing v3 disabled\n"
+
+
+def test_disable_version_with_no_wait_and_no_time_disables_nothing(
+    fake: FakeAdmin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["disable-version", "--key", "billing", "--version", "3", "--no-wait"]) == 64
+    assert fake.asked == []
+    assert "--no-wait goes with --for" in capsys.readouterr().err
+
+
+def test_who_stops_waiting_is_told_when_it_ends(
+    fake: FakeAdmin, over: TimedDisable, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(retiring, "wait_until_enabled", interrupted)
+    assert main(["disable-version", "--key", "billing", "--version", "3", "--for", "1m"]) == 130
+    assert "stopped waiting; the server enables billing v3 " in capsys.readouterr().err
+
+
+def test_who_may_not_see_who_is_refused_is_told_so_and_does_not_wait(
+    fake: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(_key: str) -> KeyGroupView:
+        raise UnauthorizedError("no")
+
+    monkeypatch.setattr(fake, "describe_key_group", refused)
+    assert main(["disable-version", "--key", "billing", "--version", "3", "--for", "1m"]) == 0
+    assert capsys.readouterr().out == (
+        "billing v3 disabled; you may not see who is refused meanwhile, the server's log will tell\n"
+    )
 
 
 def test_a_version_is_a_positive_number() -> None:

@@ -153,3 +153,26 @@ def test_only_yes_confirms(terminal: tuple[int, int]) -> None:
 def test_nothing_is_confirmed_without_a_terminal() -> None:
     with pytest.raises(ConfigError, match="give --yes"):
         prompt.confirm("Really?", "give --yes")
+
+
+@pytest.mark.parametrize(
+    ("typed", "goes_on"), [(b"billing\n", True), (b" billing \n", True), (b"Billing\n", False), (b"yes\n", False)]
+)
+def test_a_name_is_confirmed_by_that_name_only(terminal: tuple[int, int], typed: bytes, goes_on: bool) -> None:
+    person = Person(terminal[0], [typed])
+    with contextlib.nullcontext() if goes_on else pytest.raises(click.Abort):
+        prompt.confirm_by_name("Really?", "billing", "the name", "give --yes")
+    assert b"Really?\r\nType the name to go on: " in person.leave()
+
+
+def test_a_blank_answer_confirms_no_name(terminal: tuple[int, int]) -> None:
+    Person(terminal[0], [b"\n"])
+    with pytest.raises(click.Abort):
+        prompt.confirm_by_name("Really?", "billing", "the name", "give --yes")
+
+
+def test_what_was_typed_before_the_question_is_no_answer_to_it(terminal: tuple[int, int]) -> None:
+    os.write(terminal[0], b"yes\n")
+    Person(terminal[0], [b"no\n"])
+    with pytest.raises(click.Abort):
+        prompt.confirm("Really?", "give --yes")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from kms.cli import render
+from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
 from kms.wire.messages import KeyGroupView, VersionView
 
 GROUPS = [
@@ -82,3 +84,74 @@ def test_a_progress_bar_needs_no_size(tmp_path: Path) -> None:
     with render.progress(None, tmp_path / "out") as progress:
         assert progress is not None
         progress(5)
+
+
+NOW = 1_800_000_000
+TRIAL = TimedDisable("admin", NOW - 100, NOW - 40, {"b": Refusals(1, NOW - 60), "a": Refusals(2, NOW - 50)}, NOW - 40)
+USED = VersionUsage(
+    since_epoch_sec=NOW - 200,
+    operations=Operations(encrypt=3, decrypt=1),
+    last_used_epoch_sec=NOW - 90,
+    last_used_by="billing",
+    timed_disable=TRIAL,
+)
+UNUSED = VersionUsage(since_epoch_sec=NOW - 200, operations=Operations())
+DESCRIBED = KeyGroupView(
+    "odd\x1b",
+    3,
+    [VersionView(1, "ENABLED", NOW - 300, USED), VersionView(2, "DISABLED", 0, UNUSED), VersionView(3, "ACTIVE", 0)],
+)
+
+
+def test_a_pipe_gets_the_use_in_four_more_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    render.key_groups([DESCRIBED], usage=True)
+    assert [line.split("\t")[4:] for line in capsys.readouterr().out.splitlines()] == [
+        ["2027-01-15T07:56:40Z", "2027-01-15T07:58:30Z", "billing", "Encrypt=3 Decrypt=1"],
+        ["2027-01-15T07:56:40Z", "", "", ""],
+        ["", "", "", ""],
+    ]
+
+
+@pytest.mark.usefixtures("at_terminal")
+def test_a_terminal_gets_the_use_in_eighty_columns(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(time, "time", lambda: float(NOW))
+    monkeypatch.setenv("COLUMNS", "80")
+    render.key_groups([DESCRIBED], usage=True)
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    for told in ("last used", "1 minute ago", "billing", "3 Encrypt", "never since"):
+        assert told in out
+
+
+def test_a_group_is_described_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    render.key_group(DESCRIBED, NOW)
+    assert capsys.readouterr().out.splitlines() == [
+        "odd\\x1b: version 3 is active",
+        "",
+        "version 1 is ENABLED",
+        "    created    5 minutes ago (2027-01-15 07:55:00 UTC)",
+        "    used       3 Encrypt, 1 Decrypt since 2027-01-15 07:56:40 UTC",
+        "    last used  1 minute ago (2027-01-15 07:58:30 UTC) by billing",
+        "    disabled   for a time, 1 minute ago (2027-01-15 07:58:20 UTC) by admin",
+        "    ended      40 seconds ago (2027-01-15 07:59:20 UTC)",
+        "    refused    a: 2 requests, last 50 seconds ago (2027-01-15 07:59:10 UTC)",
+        "    refused    b: 1 request, last 1 minute ago (2027-01-15 07:59:00 UTC)",
+        "",
+        "version 2 is DISABLED",
+        "    created    20833 days ago (1970-01-01 00:00:00 UTC)",
+        "    used       never since 2027-01-15 07:56:40 UTC",
+        "    last used  never since 3 minutes ago (2027-01-15 07:56:40 UTC)",
+        "",
+        "version 3 is ACTIVE",
+        "    created    20833 days ago (1970-01-01 00:00:00 UTC)",
+    ]
+
+
+def test_a_trial_that_is_not_over_says_when_it_will_be() -> None:
+    trial = TimedDisable("admin", NOW, NOW + 7200)
+    assert render.timed_disable(trial, NOW)[1:] == [
+        "enabled    in 2 hours (2027-01-15 10:00:00 UTC)",
+        "refused    nobody",
+    ]

@@ -170,6 +170,8 @@ def rotate_key(settings: Settings, key: str) -> None:
 @click.pass_obj
 def disable_version(settings: Settings, key: str, version: int, seconds: int | None, *, no_wait: bool) -> int:
     """Forbid a version to decrypt, until it is enabled again."""
+    if no_wait and seconds is None:
+        raise click.UsageError("--no-wait goes with --for; without it the version would be disabled for good")
     with reachable(settings, ADMIN) as (connect, _):
         with connect() as client:
             detail = client.disable_version(key, version, for_seconds=seconds)

@@ -8,6 +8,7 @@ counted: a server that began to count today knows nothing of yesterday.
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 import time
 from collections.abc import Callable
@@ -48,7 +49,10 @@ def duration(_context: click.Context, _parameter: click.Parameter, text: str | N
 
 
 def confirm_destruction(connect: Connect, key: str, version: int) -> None:
-    """Tell how a version was used, and return when the answer is that it is to be destroyed; else `click.Abort`."""
+    """Tell how a version was used, and return when the answer is that it is to be destroyed; else `click.Abort`.
+
+    Raises `InvalidRequestError` for one that cannot be.
+    """
     with connect() as client:
         told, is_quiet = _told(client, key, version)
     question = one_line(
@@ -73,6 +77,9 @@ def _told(client: KmsClient, key: str, version: int) -> tuple[str, bool]:
         if not str(error).startswith("type:"):
             raise
         return "Whether it is still used, the server is too old to know.", False
+    if status == "ACTIVE":
+        # Not left to the server: it could be rotated meanwhile, and then nobody would have been asked.
+        raise InvalidRequestError("version: it is ACTIVE; rotate the group first")
     now = time.time()
     if usage.last_used_epoch_sec is None:
         told, quiet_since = f"Last used: {render.last_used(usage, now)}.", usage.since_epoch_sec
@@ -103,7 +110,7 @@ def wait_until_enabled(connect: Connect, key: str, version: int, trial: TimedDis
     Returns how it went and the version's state. Raises `KeyboardInterrupt` when somebody does not want to wait, and
     `ServerUnreachableError` or `InternalError` when the end does not come.
     """
-    _count_down(f"{one_line(key)} v{version} is disabled", trial.until_epoch_sec)
+    _count_down(f"{one_line(key)} v{version} is enabled", trial.until_epoch_sec)
     give_up_at = time.monotonic() + LATE_SECONDS
     while True:
         try:
@@ -127,7 +134,9 @@ def _count_down(what: str, until: int) -> None:
         while (left := until - time.time()) > 0:
             if is_seen:
                 clock = f"{int(left) // 3600}:{int(left) // 60 % 60:02}:{int(left) % 60:02}"
-                click.echo(f"\r{what} for another {clock}; Ctrl-C stops the waiting, not the server \b", err=True, nl=False)
+                # One that is wrapped would not be overwritten by the next.
+                line = f"{clock} until {what} again; Ctrl-C: do not wait"[: shutil.get_terminal_size().columns - 2]
+                click.echo(f"\r{line} \b", err=True, nl=False)
             time.sleep(min(left, 1))
     finally:
         if is_seen:
