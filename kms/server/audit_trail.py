@@ -3,7 +3,7 @@
 - A change of keys is on record twice: `begun` when the actor takes it up, on disk before the keystore is saved, and its
   outcome before the reply is sent. Between the two a crash may come, and then the first shows what may have happened.
 - What is answered at once (the data plane, lists, every refusal) is on record before the reply is sent: one write for all
-  replies of a turn.
+  replies of a turn, and for the turns of all connections that end in the same round of the event loop.
 - No record, no answer: what cannot be put on record is answered `Unavailable`, Health alone as always. A change that has
   been made by then is not taken back; its outcome is kept, and is the first thing in the log once that can be written.
 - Of the data plane everything is recorded, what was refused, or nothing.

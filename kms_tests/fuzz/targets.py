@@ -26,7 +26,7 @@ from unittest import mock
 from kms import limits
 from kms.client import files
 from kms.client.protocol import DataKey
-from kms.core import ciphertext, derive
+from kms.core import audit, ciphertext, derive
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import (
@@ -43,9 +43,10 @@ from kms.core.keyring import (
 from kms.core.keyring import VersionStatus as Status
 from kms.core.policy import AllowAll, Operation
 from kms.core.secret import Secret
+from kms.core.usage import Operations, Refusals, TimedDisable
 from kms.errors import ConfigError, DecryptionFailedError, InputError, KeystoreError, WrongPassphraseError
 from kms.host.private import read_secret
-from kms.keystore import document, legacy
+from kms.keystore import document, legacy, usage_file
 from kms.keystore.document import KdfHeader, RootKeys
 from kms.server.config import ENVIRONMENT, resolve
 from kms.server.handlers import Handlers
@@ -53,6 +54,7 @@ from kms.server.local_provider import LocalMasterKeyProvider
 from kms.server.middleware import Authenticator, RequestPipeline
 from kms.server.principals import parse as parse_principals
 from kms.server.served import Peer
+from kms.server.usage import Usage
 from kms.wire import messages
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
@@ -177,9 +179,11 @@ def _check_line(line: bytes) -> None:
     _require(decode_request(messages.encode(request)) == request, "a request that does not survive its own encoding")
     for name in request.__struct_fields__:
         value = getattr(request, name)
-        _require(type(value) in (str, bytes, int, type(None)), f"{name} has an impossible type")
+        _require(type(value) in (str, bytes, int, bool, type(None)), f"{name} has an impossible type")
     if isinstance(request, messages.VersionRequest):
         _require(1 <= request.version <= limits.MAX_VERSION, "a version out of its range")
+    if isinstance(request, messages.DisableVersion) and request.for_seconds is not None:
+        _require(1 <= request.for_seconds <= limits.MAX_TIMED_DISABLE_SECONDS, "a time out of its range")
 
 
 def stretch(data: bytes, size: int = limits.MAX_FRAME_BYTES) -> bytes:
@@ -453,6 +457,58 @@ def check_config(data: bytes) -> None:
         _require(known, f"{field.name} has an impossible type")
 
 
+def check_usage_file(data: bytes) -> None:
+    """A usage file is one that reads the same once written, and that a server can go on with; or an `InputError`."""
+    try:
+        parsed = usage_file.decode(data)
+    except InputError:
+        return
+    again = usage_file.encode(parsed.since_epoch_sec, map(usage_file.encode_record, parsed.versions))
+    _require(usage_file.decode(again) == parsed, "a file that reads otherwise once written")
+    usage = Usage(world().keyring, parsed, Path("/nonexistent"), lambda: 0.0)
+    for group in world().keyring.groups.values():
+        for version in group.versions.values():
+            usage.of(version)
+
+
+@cache
+def audit_log() -> tuple[audit.AuditKeys, bytes, frozenset[tuple[int, bytes]]]:
+    """The keys of a log, the log, and where each of its records leaves the chain."""
+    keys = audit.AuditKeys(Secret(bytearray(range(64))))
+    records: list[audit.Record] = [audit.EventRecord(event="Start", previous="", generation=1)]
+    records += [
+        audit.OperationRecord(connection=1, request=number, operation="Encrypt", outcome="ok", generation=1)
+        for number in (1, 2, 3)
+    ]
+    chain, log, ends = audit.NEW_CHAIN, b"", set()
+    for record in records:
+        line, chain = audit.seal([record], chain, keys)
+        log += line
+        ends.add((chain.seq, chain.mac))
+    return keys, log, frozenset(ends)
+
+
+def check_audit_tail(data: bytes) -> None:
+    """The end of an audit log is one of ours, or none, or a `DecryptionFailedError`."""
+    keys, _, ends = audit_log()
+    try:
+        tail = audit.read_tail(data, keys)
+    except DecryptionFailedError:
+        return
+    if tail is not None and (tail.chain.seq, tail.chain.mac) not in ends:
+        raise ForgedError("an audit log ends with a record that nobody wrote")
+
+
+def _usage_seeds() -> list[bytes]:
+    refused = {"api": Refusals(3, 9)}
+    trial = TimedDisable("admin", 1, 2, refused, 3)
+    records = [
+        usage_file.Record("default", 1, Operations(1, 2, 3, 4, 5), 7, "api", trial),
+        usage_file.Record("default", 2, Operations()),
+    ]
+    return [usage_file.encode(5, map(usage_file.encode_record, records))]
+
+
 def check_principals(data: bytes) -> None:
     """A file of principals is one within its bounds, or a `ConfigError` of one line."""
     try:
@@ -578,6 +634,8 @@ TARGETS: Final = {
     "keystore-3-resealed": Target(check_resealed3, lambda: [encode3()], 1 << 12),
     "keystore-2-resealed": Target(check_resealed2, lambda: [encode2()], 1 << 12),
     "config": Target(check_config, _config_seeds, 1 << 13),
+    "usage-file": Target(check_usage_file, _usage_seeds, 1 << 12),
+    "audit-tail": Target(check_audit_tail, lambda: [audit_log()[1]], 1 << 12),
     "principals": Target(check_principals, lambda: [PRINCIPALS.encode()], 1 << 12),
     "secret-file": Target(check_secret_file, lambda: [b"hunter2\n", b"x\r\n", b"\n", b"x" * 4096], 5000),
 }
