@@ -19,7 +19,8 @@ from kms.core.secret import Secret
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
 from kms.server.actor import KeyringActor
 from kms.server.audit_keeper import AuditKeeper
-from kms.server.config import ServerConfig, resolve
+from kms.server.audit_trail import AuditTrail
+from kms.server.config import DataAudit, ServerConfig, resolve
 from kms.server.daemon import Reload
 from kms.server.handlers import Handlers
 from kms.server.local_provider import KeyringHolder, LocalMasterKeyProvider
@@ -29,6 +30,7 @@ from kms.server.team import Access, TeamAuthenticator, load_access
 from kms.server.trials import Trials
 from kms.server.usage import Usage
 from kms_tests.test_actor import Store
+from kms_tests.test_audit_trail import Log
 from kms_tests.test_middleware import ADMIN, API, Server, text, unrecorded
 
 SHARED = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
@@ -372,6 +374,16 @@ async def test_a_file_that_comes_to_be_at_the_default_place_is_taken_up(data: Pa
     await team.reload()
     assert team.outcome("Encrypt", API, plaintext="") == "AuthFailed"
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
+
+
+async def test_what_the_server_asks_of_itself_goes_on_record_too_once_there_is_a_record(team: Team) -> None:
+    schedule = Server().pipeline
+    authenticator, policy = schedule.authenticator, schedule.policy
+    team.reload.schedule = schedule
+    team.reload.keeper.trail = trail = AuditTrail(Log(), DataAudit.ALL)
+    await team.reload()
+    assert (team.pipeline.trail, schedule.trail) == (trail, trail)
+    assert (schedule.authenticator, schedule.policy) == (authenticator, policy), "no file decides about it"
 
 
 async def test_a_bug_in_reading_the_file_costs_the_reload_and_not_the_server(
