@@ -236,6 +236,17 @@ def test_who_stops_waiting_is_told_when_it_ends(
     assert "stopped waiting; the server enables billing v3 " in capsys.readouterr().err
 
 
+def test_who_stops_waiting_at_once_is_told_too(
+    fake: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_key: str) -> KeyGroupView:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(fake, "describe_key_group", interrupted)
+    assert main(["disable-version", "--key", "billing", "--version", "3", "--for", "1m"]) == 130
+    assert "stopped waiting; the server enables billing v3 by itself" in capsys.readouterr().err
+
+
 def test_who_may_not_see_who_is_refused_is_told_so_and_does_not_wait(
     fake: FakeAdmin, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

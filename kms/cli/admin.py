@@ -47,6 +47,7 @@ from kms.server.config import ServerConfig, data_directory, resolve
 if TYPE_CHECKING:
     from kms.core.audit_verifier import Verifier
     from kms.core.secret import Secret
+    from kms.core.usage import TimedDisable
     from kms.wire.messages import KeyGroupView
 
 PROGRAM: Final = "kms-admin"
@@ -175,18 +176,19 @@ def disable_version(settings: Settings, key: str, version: int, seconds: int | N
     with reachable(settings, ADMIN) as (connect, _):
         with connect() as client:
             detail = client.disable_version(key, version, for_seconds=seconds)
-            if seconds is None or no_wait:
-                _show_detail(settings, detail)
-                return EXIT_OK
-            try:
-                trial = retiring.currently(client, key, version)
-            except UnauthorizedError:
-                _show_detail(settings, f"{detail}; you may not see who is refused meanwhile, the server's log will tell")
-                return EXIT_OK
+        if seconds is None or no_wait:
+            _show_detail(settings, detail)
+            return EXIT_OK
+        trial: TimedDisable | None = None
         try:
+            with connect() as client:
+                trial = retiring.currently(client, key, version)
             trial, state = retiring.wait_until_enabled(connect, key, version, trial)
+        except UnauthorizedError:
+            _show_detail(settings, f"{detail}; you may not see who is refused meanwhile, the server's log will tell")
+            return EXIT_OK
         except KeyboardInterrupt:
-            again = render.moment(trial.until_epoch_sec, time.time())
+            again = "by itself" if trial is None else render.moment(trial.until_epoch_sec, time.time())
             render.remark(f"stopped waiting; the server enables {key} v{version} {again}, and describe-key tells the rest")
             return EXIT_INTERRUPTED
     if settings.json:

@@ -121,14 +121,18 @@ def test_its_end_comes_even_if_the_server_was_killed_meanwhile(server: Server) -
 
 def test_who_stops_waiting_does_not_stop_the_end(server: Server) -> None:
     retire_version_1(server)
-    arguments = ("disable-version", "--key", "default", "--version", "1", "--for", "2s")
+    arguments = ("disable-version", "--key", "default", "--version", "1", "--for", "1h")
     with server.machine.popen("admin", *arguments) as waiting:
-        eventually("it is disabled", lambda: described(server)[0]["status"] == "DISABLED")
+        eventually("it is disabled", lambda: server.groups()["default"][1] == "DISABLED")
+        # It asks for the end that it waits for only after that.
+        eventually("it waits", lambda: "operation=DescribeKeyGroup" in server.stderr)
         waiting.send_signal(signal.SIGINT)
         _, stderr = waiting.communicate(timeout=DEADLINE)
     assert waiting.returncode == 130
-    assert b"the server enables default v1" in stderr
-    eventually("it is enabled again", lambda: described(server)[0]["status"] == "ENABLED")
+    assert b"stopped waiting; the server enables default v1 " in stderr
+    trial = described(server)[0]["usage"]["timedDisable"]
+    assert trial["untilEpochSec"] - trial["sinceEpochSec"] >= 3600
+    assert "endedEpochSec" not in trial
 
 
 def at_a_terminal(machine: Machine, answer: bytes, *arguments: str) -> tuple[int, str]:
