@@ -48,8 +48,8 @@ class World(Server):
         handlers = Handlers(provider, self.trials, self.trials, new_data_key=lambda: bytes(32))
         trail = AuditTrail(self.log, DataAudit.ALL)
         authenticator = self.pipeline.authenticator
-        self.pipeline = RequestPipeline(handlers, authenticator, AllowAll(), [self.usage], trail)
-        self.schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), [self.usage], trail)
+        self.pipeline = RequestPipeline(handlers, authenticator, AllowAll(), trail=trail, usage=self.usage)
+        self.schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), trail=trail)
         apply = self.manager._apply
 
         def applied(command: Any) -> Any:

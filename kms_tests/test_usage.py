@@ -42,7 +42,7 @@ class Counted(Server):
         self.usage = Usage(self.manager.current, load(self.path), self.path, lambda: self.now)
         trials = Trials(self.manager, self.usage, unrecorded)
         handlers = Handlers(LocalMasterKeyProvider(self.manager), trials, trials, new_data_key=lambda: bytes(32))
-        self.pipeline = RequestPipeline(handlers, self.pipeline.authenticator, AllowAll(), [self.usage])
+        self.pipeline = RequestPipeline(handlers, self.pipeline.authenticator, AllowAll(), usage=self.usage)
 
     def later(self, seconds: float) -> None:
         self.now += seconds

@@ -18,7 +18,7 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Final
@@ -138,8 +138,8 @@ async def _serve(
     new_data_key = partial(os.urandom, KEY_BYTES)
     trials = Trials(actor, usage, keeper.sync)
     handlers = Handlers(provider, trials, trials, new_data_key=new_data_key, max_frame_bytes=config.max_frame_bytes)
-    observers: tuple[Observer, ...] = (usage,) if meters is None else (usage, *meters.observers())
-    pipeline = RequestPipeline(handlers, access.authenticator, access.policy, observers, keeper.trail)
+    observers: Sequence[Observer] = () if meters is None else meters.observers()
+    pipeline = RequestPipeline(handlers, access.authenticator, access.policy, observers, keeper.trail, usage)
     schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), observers, keeper.trail)
     bounds = ConnectionBounds(max_frame_bytes=config.max_frame_bytes, idle_timeout=config.idle_timeout)
     crowd = Crowd(pipeline.session, bounds, Outbox(pipeline.commit), config.max_connections)

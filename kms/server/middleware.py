@@ -32,7 +32,7 @@ from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, Unaut
 from kms.server.audit_trail import AuditTrail, Turn, unrecorded
 from kms.server.event import Event
 from kms.server.handlers import Handlers, group_of
-from kms.server.served import Observer, Peer, Served, bounded_name
+from kms.server.served import Observer, Peer, Served, UsageCounter, bounded_name
 from kms.wire.messages import (
     Decrypt,
     Encrypt,
@@ -133,11 +133,13 @@ class RequestPipeline:
         policy: KeyAuthorizationPolicy,
         observers: Sequence[Observer] = (),
         trail: AuditTrail | None = None,
+        usage: UsageCounter | None = None,
     ) -> None:
         """`observers` are told of every request; with a `trail`, what cannot be put on record is not answered."""
         self.data_handlers = handlers.data_plane()
         self.control_handlers = handlers.control_plane()
         self.observers = tuple(observers)
+        self.usage = usage
         self.admit(authenticator, policy, trail)
 
     def admit(self, authenticator: Authenticator, policy: KeyAuthorizationPolicy, trail: AuditTrail | None = None) -> None:
@@ -193,6 +195,8 @@ class Session:
             reply = pipeline.data_handlers[kind](request)
         except Exception as error:
             return self._failed(number, request, principal, error, began)
+        if pipeline.usage is not None:
+            pipeline.usage.count(kind, request, reply, principal, began)
         if request.request_id is not None:
             reply = _named(reply, request.request_id)
         if pipeline.is_watched:
@@ -264,6 +268,9 @@ class Session:
 
     def _refuse(self, served: Served, error: WireError, *, has_begun: bool = False) -> bytes:
         _record(served)
+        usage = self._pipeline.usage
+        if usage is not None:
+            usage.refused(served)
         reply = ErrorReply(error.code, str(error), request_id=served.request_id)
         line = self._answer(served, reply, has_begun=has_begun)
         return Rejection(line) if isinstance(error, AuthFailedError) else line

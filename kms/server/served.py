@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from msgspec import Struct
 
@@ -73,3 +73,15 @@ def bounded_name(name: str) -> str:
 
 
 Observer = Callable[[Served], None]
+
+
+class UsageCounter(Protocol):
+    """Counts how keys are used. Not one more observer: each request would pay for being described to it, 0.3 us."""
+
+    def count(self, kind: type[Request], request: Any, reply: Any, principal: Principal, began: float) -> None:
+        """A request of the data plane has succeeded. `request` and `reply` are those of its kind."""
+        ...
+
+    def refused(self, served: Served) -> None:
+        """A request of either plane was refused."""
+        ...

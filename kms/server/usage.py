@@ -1,7 +1,7 @@
 """How keys are used: for each version how often, when last and by whom, and who was refused it while it is disabled.
 
-An observer of every request, so a request pays for little more than to find its version in a table: by the header of
-its ciphertext, as that is there already. Only what succeeded is counted, which proves that the version exists: the table
+A request pays for little more than to find its version in a table: by the header of its ciphertext, as that is there
+already. Only what succeeded is counted, which proves that the version exists: the table
 is as large as the keyring at the most. A destroyed version keeps its figures, as it keeps its number.
 
 What has changed is written to the usage file every minute and at the end. Not at each request: what a server that is
@@ -23,6 +23,7 @@ import trio
 from kms.core import ciphertext
 from kms.core.ciphertext import header_of
 from kms.core.keyring import Keyring, KeyVersion, VersionStatus
+from kms.core.policy import Principal
 from kms.core.usage import OTHERS, Operations, Refusals, TimedDisable, VersionUsage
 from kms.errors import DecryptionFailedError, InputMissingError, KmsError
 from kms.keystore import usage_file
@@ -30,7 +31,7 @@ from kms.keystore.usage_file import Document, Record
 from kms.limits import MAX_REFUSED_NAMES, USAGE_FLUSH_SECONDS, USAGE_SLICE
 from kms.server.middleware import log_bug
 from kms.server.served import Served
-from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, ReEncrypt
+from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, ReEncrypt, Request
 
 log: Final = logging.getLogger(__name__)
 
@@ -124,16 +125,8 @@ class Usage:
                 tally.trial = None
                 self._mark(tally)
 
-    def __call__(self, served: Served) -> None:
-        """Count one request. Spelled out for what is asked most: it takes 0.3 us, with a method for each part 0.5."""
-        kind = served.kind
-        request: Any = served.request
-        reply: Any = served.reply
-        principal: Any = served.principal
-        if reply is None:
-            if self.running and principal is not None and isinstance(served.error, DecryptionFailedError):
-                self._count_refusal(request.ciphertext, principal.name)
-            return
+    def count(self, kind: type[Request], request: Any, reply: Any, principal: Principal, began: float) -> None:
+        """As `UsageCounter` has it. Spelled out for what is asked most: a method for each part would double its 0.25 us."""
         if kind is Encrypt:
             blob = reply.ciphertext
             header = blob[: blob[1] + 10]
@@ -159,13 +152,19 @@ class Usage:
             tally.reencrypted_to += 1
         else:
             return
-        if served.began >= self._look_again_at:
+        if began >= self._look_again_at:
             self._now = int(self.clock())
-            self._look_again_at = served.began + _CLOCK_SECONDS
+            self._look_again_at = began + _CLOCK_SECONDS
         tally.last_used = self._now
         tally.last_used_by = principal.name
         if not tally.is_changed:
             self._mark(tally)
+
+    def refused(self, served: Served) -> None:
+        """As `UsageCounter` has it: counts who was refused a version that is disabled for a time."""
+        if self.running and served.principal is not None and isinstance(served.error, DecryptionFailedError):
+            request: Any = served.request
+            self._count_refusal(request.ciphertext, served.principal.name)
 
     def _new(self, header: bytes) -> _Tally:
         self._table[header] = tally = _Tally((header[2:-8].decode(), int.from_bytes(header[-8:], "big")), Operations())
