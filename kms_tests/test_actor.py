@@ -21,7 +21,7 @@ from kms.errors import (
     SaveOutcomeUnknownError,
     UnavailableError,
 )
-from kms.server.actor import KeyringActor
+from kms.service.actor import KeyringActor
 
 
 class Store:

@@ -21,9 +21,9 @@ from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
 from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
 from kms.errors import SaveFailedError, SaveOutcomeUnknownError, UnauthorizedError
-from kms.keystore import file
-from kms.keystore.audit_log import AuditLog
-from kms.keystore.file import KeystoreLock
+from kms.storage import file
+from kms.storage.audit_log import AuditLog
+from kms.storage.file import KeystoreLock
 from kms.wire.messages import KeyGroupView, VersionView
 from kms_tests.audit_logs import operation
 

@@ -16,11 +16,11 @@ from kms.core.keyring import RotateGroup, apply
 from kms.core.secret import Secret
 from kms.errors import InputError, InputMissingError, KeystoreError, SaveFailedError, WrongPassphraseError
 from kms.host import durable
-from kms.keystore import file
-from kms.keystore.audit_check import verify
-from kms.keystore.audit_log import AuditLog, head_path
-from kms.keystore.file import AuditReader, KeystoreLock
 from kms.limits import MAX_AUDIT_LINE_BYTES
+from kms.storage import file
+from kms.storage.audit_check import verify
+from kms.storage.audit_log import AuditLog, head_path
+from kms.storage.file import AuditReader, KeystoreLock
 from kms_tests import format2
 from kms_tests.audit_logs import lines, operation, told
 from kms_tests.format2 import Group, Version

@@ -16,17 +16,18 @@ from kms.core.audit import AuditKeys, OperationRecord
 from kms.core.keyring import EMPTY, Keyring, Mint
 from kms.core.secret import Secret
 from kms.errors import FileAccessError, UnavailableError
-from kms.server.audit_keeper import AuditedStore, AuditKeeper
-from kms.server.config import ServerConfig, resolve
-from kms_tests.test_middleware import mint
+from kms.server.config import resolve
+from kms.service.audit_keeper import AuditedStore, AuditKeeper
+from kms.service.audit_settings import AuditSettings
+from kms_tests.in_memory import mint
 
 
-def config_of(data: Path, **flags: object) -> ServerConfig:
-    return resolve(flags, {"XDG_DATA_HOME": str(data.parent), "MINIKMS_KEYSTORE": str(data / "keystore.json")})
+def settings_of(data: Path, **flags: object) -> AuditSettings:
+    return resolve(flags, {"XDG_DATA_HOME": str(data.parent), "MINIKMS_KEYSTORE": str(data / "keystore.json")}).audit
 
 
 def keeper_of(data: Path, **flags: object) -> AuditKeeper:
-    return AuditKeeper(config_of(data, audit_log=str(data / "audit.log"), **flags), AuditKeys(Secret(bytearray(64))))
+    return AuditKeeper(settings_of(data, audit_log=str(data / "audit.log"), **flags), AuditKeys(Secret(bytearray(64))))
 
 
 @pytest.fixture
@@ -72,7 +73,7 @@ def test_a_log_is_kept_when_it_is_named_or_there_are_principals(
     data.mkdir(mode=0o700)
     if "audit_log" in flags:
         flags = {"audit_log": str(data / "audit.log")}
-    keeper = AuditKeeper(config_of(data, **flags), AuditKeys(Secret(bytearray(64))))
+    keeper = AuditKeeper(settings_of(data, **flags), AuditKeys(Secret(bytearray(64))))
     keeper.open(1, has_principals=has_principals)
     assert (keeper.trail is not None) == (keeper.log is not None) == is_kept
     assert (data / "audit.log").exists() == is_kept
@@ -215,7 +216,7 @@ def test_records_name_the_generation_that_is_on_disk(keeper: AuditKeeper) -> Non
 
 
 def test_without_a_log_a_store_is_just_a_store(data: Path) -> None:
-    keeper = AuditKeeper(config_of(data), AuditKeys(Secret(bytearray(64))))
+    keeper = AuditKeeper(settings_of(data), AuditKeys(Secret(bytearray(64))))
     store = Store(keeper)
     AuditedStore(store, keeper).save(EMPTY)
     assert store.saved == [(0, None)]

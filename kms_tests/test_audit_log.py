@@ -24,9 +24,9 @@ from kms.errors import (
     UnavailableError,
 )
 from kms.host import durable
-from kms.keystore import audit_log
-from kms.keystore.audit_log import AuditLog, handing_over, head_path, is_kept, read_head
 from kms.limits import AUDIT_ROTATION_TIME, AUDIT_TAIL_BYTES, MAX_KEPT_RECORDS
+from kms.storage import audit_log
+from kms.storage.audit_log import AuditLog, handing_over, head_path, is_kept, read_head
 from kms_tests.audit_logs import audit_keys, lines, operation, told, verified
 
 NOW = 1_769_860_800.25

@@ -13,10 +13,11 @@ from kms.core.audit import OperationRecord
 from kms.core.keyring import Command, KeyGroup
 from kms.core.policy import AllowAll, KeyAuthorizationPolicy
 from kms.errors import InternalError, UnavailableError
-from kms.server.audit_trail import AuditTrail, Turn
-from kms.server.config import DataAudit
-from kms.server.served import Credentials, Peer
-from kms_tests.test_middleware import ADMIN, API, PEER, Only, Server, _finish, text
+from kms.host.peer import Credentials
+from kms.service.audit_settings import DataAudit
+from kms.service.audit_trail import AuditTrail, Turn
+from kms.service.served import Peer
+from kms_tests.in_memory import ADMIN, API, PEER, Only, Server, finish, text
 
 TROUBLE = "the audit log cannot be written: no space left"
 
@@ -63,7 +64,7 @@ class Audited(Server):
         replies = b""
         for line in lines:
             answer = self.session.serve(line)
-            replies += (answer if isinstance(answer, bytes) else _finish(answer())) + b"\n"
+            replies += (answer if isinstance(answer, bytes) else finish(answer())) + b"\n"
         instead = self.session.commit()
         return [json.loads(reply) for reply in (replies if instead is None else instead).splitlines()]
 

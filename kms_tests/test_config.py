@@ -61,11 +61,11 @@ def test_the_file_of_principals_is_in_the_data_directory_and_has_to_exist_only_w
 
 def test_the_audit_log_is_in_the_data_directory_unless_it_is_named() -> None:
     config = resolve({}, HOME)
-    assert (config.audit_log, config.audit_log_named) == (DATA / "audit.log", False)
+    assert (config.audit.path, config.audit.is_named) == (DATA / "audit.log", False)
     config = resolve({}, {**HOME, "MINIKMS_AUDIT_LOG": "/env"})
-    assert (config.audit_log, config.audit_log_named) == (Path("/env"), True)
+    assert (config.audit.path, config.audit.is_named) == (Path("/env"), True)
     config = resolve({"audit_log": "/flag"}, {**HOME, "MINIKMS_AUDIT_LOG": "/env"})
-    assert (config.audit_log, config.audit_log_named) == (Path("/flag"), True)
+    assert (config.audit.path, config.audit.is_named) == (Path("/flag"), True)
 
 
 def test_metrics_are_off_until_they_have_a_port() -> None:

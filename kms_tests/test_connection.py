@@ -15,10 +15,10 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from kms.server.audit_trail import Turn
 from kms.server.connection import Connection, ConnectionBounds
-from kms.server.middleware import Later, Rejection
 from kms.server.outbox import Outbox
+from kms.service.audit_trail import Turn
+from kms.service.pipeline import Later, Rejection
 
 
 class Echo:

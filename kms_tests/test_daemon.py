@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import signal
 import socket
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
-import trio
 from trio._socket import _SocketType
-from trio.testing import wait_all_tasks_blocked
 
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
@@ -29,14 +26,9 @@ from kms.errors import (
     WrongPassphraseError,
 )
 from kms.host import durable, hardening
-from kms.keystore.file import KeystoreLock
 from kms.server import daemon
-from kms.server.audit_trail import Turn
 from kms.server.config import ServerConfig, resolve
-from kms.server.connection import ConnectionBounds
-from kms.server.middleware import Later
-from kms.server.outbox import Outbox
-from kms.server.served import Credentials, Peer
+from kms.storage.file import KeystoreLock
 from kms_tests.integration.processes import eventually
 
 TINY = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
@@ -238,7 +230,7 @@ def test_a_service_manager_that_is_gone_is_no_reason_to_fail(server: Server, mon
 
 
 def test_SIGHUP_reads_the_principals_again_and_stops_nothing(server: Server, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.INFO, "kms.server.daemon")
+    caplog.set_level(logging.INFO, "kms.server.reload")
     path = server.directory / "principals.toml"
     path.touch(0o600)
 
@@ -288,108 +280,6 @@ def test_a_file_of_principals_that_cannot_be_used_stops_the_start_before_anythin
     with pytest.raises(error, match=r"principals\.toml"):
         server.run(principals=path)
     assert not (server.directory / "keystore.json").exists()
-
-
-async def test_the_kernel_vouches_for_who_connected_over_a_Unix_socket_alone() -> None:
-    ours, theirs = socket.socketpair()
-    with ours, theirs:
-        credentials = Credentials(os.getpid(), os.getuid(), os.getgid())
-        assert daemon.peer_of(ours, 7, "unix") == Peer(7, "unix", credentials)
-    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as sock:
-        assert daemon.peer_of(sock, 7, "tcp") == Peer(7, "tcp", port=listener.getsockname()[1])
-
-
-async def test_a_client_that_left_at_once_has_no_port_and_makes_no_noise() -> None:
-    with socket.socket() as gone:
-        assert daemon.peer_of(gone, 7, "tcp") == Peer(7, "tcp")
-
-
-def nothing_to_do(turns: Sequence[Turn]) -> list[bytes | None]:
-    return [None] * len(turns)
-
-
-class Broken:
-    """A session with a bug outside what it contains itself."""
-
-    text = "canary"
-
-    def __init__(self, peer: Peer) -> None:
-        pass
-
-    turn: ClassVar[Turn] = []
-
-    def commit(self) -> bytes | None:
-        return None
-
-    def take(self) -> Turn:
-        return []
-
-    def serve(self, line: bytes) -> bytes | Later:
-        raise RuntimeError(self.text)
-
-    def frame_too_large(self, limit: int) -> bytes:
-        return b""
-
-
-async def test_one_connections_failure_never_touches_another(caplog: pytest.LogCaptureFixture) -> None:
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
-    ours, theirs = socket.socketpair()
-    ours.settimeout(0)
-    with theirs:
-        theirs.sendall(b"x\n")
-        await crowd.serve(ours, "unix")
-        assert theirs.recv(10) == b""
-    assert "RuntimeError" in caplog.text
-    assert "canary" not in caplog.text
-
-
-async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_ends_no_other(
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def refuse(*arguments: object) -> None:
-        raise OSError(22, "Invalid argument")
-
-    monkeypatch.setattr(daemon, "peer_of", refuse)
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
-    ours, theirs = socket.socketpair()
-    with theirs:
-        await crowd.serve(ours, "unix")
-        assert theirs.recv(10) == b""
-    assert "a connection failed: OSError" in caplog.text
-
-
-async def test_connections_are_counted_by_transport() -> None:
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
-    with contextlib.ExitStack() as held:
-        async with trio.open_nursery() as nursery:
-            clients = []
-            for transport in ("unix", "tcp", "tcp"):
-                ours, theirs = socket.socketpair()
-                ours.settimeout(0)
-                clients.append(held.enter_context(theirs))
-                nursery.start_soon(crowd.serve, ours, transport)
-                await wait_all_tasks_blocked()
-            assert (crowd.open, crowd.refused) == ({"unix": 1, "tcp": 1}, {"tcp": 1})
-            clients[0].close()
-            await wait_all_tasks_blocked()
-            assert crowd.open == {"unix": 0, "tcp": 1}
-            clients[1].sendall(b"fails\n")
-        assert crowd.open == {"unix": 0, "tcp": 0}
-        assert crowd.accepted == {"unix": 1, "tcp": 1}
-        crowd.drain()
-        ours, theirs = socket.socketpair()
-        held.enter_context(theirs)
-        await crowd.serve(ours, "unix")
-        assert (crowd.refused, crowd.accepted) == ({"tcp": 1}, {"unix": 1, "tcp": 1}), "the end of all is no refusal"
-
-
-async def test_a_connection_that_arrives_while_draining_is_closed() -> None:
-    crowd = daemon.Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
-    crowd.drain()
-    ours, theirs = socket.socketpair()
-    with theirs:
-        await crowd.serve(ours, "unix")
-        assert theirs.recv(10) == b""
 
 
 def test_running_out_of_descriptors_pauses_accepting_and_does_not_end_it(

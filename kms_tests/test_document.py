@@ -16,8 +16,8 @@ from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import CreateGroup, KeyGroup, Keyring, KeyVersion, NewKek, RotateGroup, VersionStatus, apply
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, KmsError, WrongPassphraseError
-from kms.keystore import document
-from kms.keystore.document import KdfHeader, RootKeys, Sealed
+from kms.storage import document
+from kms.storage.document import KdfHeader, RootKeys, Sealed
 from kms_tests.strategies import stored_names
 
 SALT = bytes(range(16))

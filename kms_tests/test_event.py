@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kms.server.event import Event
+from kms.service.event import Event
 
 
 def test_an_event_is_its_values_by_name_in_order() -> None:

@@ -28,8 +28,8 @@ from kms.errors import (
     WrongPassphraseError,
 )
 from kms.host import durable
-from kms.keystore import file
-from kms.keystore.file import Keystore, KeystoreLock
+from kms.storage import file
+from kms.storage.file import Keystore, KeystoreLock
 
 NOW = 1_700_000_000
 
@@ -78,7 +78,7 @@ def test_a_second_lock_is_refused_with_the_pid_of_the_holder(path: Path) -> None
 
 def test_the_lock_of_another_process_names_that_process(path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom kms.keystore.file import KeystoreLock\n"
+        "import sys\nfrom pathlib import Path\nfrom kms.storage.file import KeystoreLock\n"
         "with KeystoreLock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
     )
     root = Path(__file__).parent.parent

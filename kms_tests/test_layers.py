@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import ast
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-LAYERS = ["core", "wire", "host", "keystore", "server", "client", "cli"]
 
 MAY_IMPORT = {
     "errors": set[str](),
@@ -17,10 +19,11 @@ MAY_IMPORT = {
     "core": {"errors", "limits", "core"},
     "wire": {"errors", "limits", "core", "wire"},
     "host": {"errors", "limits", "core", "host"},
-    "keystore": {"errors", "limits", "core", "host", "keystore"},
-    "server": {"errors", "limits", "core", "wire", "host", "keystore", "server"},
+    "storage": {"errors", "limits", "core", "host", "storage"},
+    "service": {"errors", "limits", "core", "wire", "host", "storage", "service"},
+    "server": {"errors", "limits", "core", "wire", "host", "storage", "service", "server"},
     "client": {"errors", "limits", "core", "wire", "host", "client"},
-    "cli": {"errors", "limits", "core", "wire", "host", "keystore", "server", "client", "cli"},
+    "cli": {"errors", "limits", "core", "wire", "host", "storage", "service", "server", "client", "cli"},
 }
 IMPURE = {
     "trio",
@@ -94,10 +97,20 @@ def test_of_the_operating_system_the_pure_layers_use_its_randomness_alone(path: 
     assert {call for call in _calls(path) if call.startswith("os.")} <= {"os.urandom"}
 
 
-@pytest.mark.parametrize("path", _in("host", "keystore", "client"), ids=_id)
-def test_only_the_server_and_the_async_client_know_trio(path: Path) -> None:
+@pytest.mark.parametrize("path", _in("host", "storage", "client"), ids=_id)
+def test_of_all_below_the_service_only_the_async_client_knows_trio(path: Path) -> None:
     if path.name != "async_.py":
         assert "trio" not in {name.split(".")[0] for name in _imports(path)}
+
+
+_SOCKETS = re.compile(r"trio\.(socket|Socket|SSL|open_tcp|open_unix|serve_|lowlevel\.wait_)")
+
+
+@pytest.mark.parametrize("path", _in("service"), ids=_id)
+def test_what_serves_a_request_knows_no_socket(path: Path) -> None:
+    assert not {"socket", "socketserver", "ssl", "select", "selectors"} & {name.split(".")[0] for name in _imports(path)}
+    names = {ast.unparse(node) for node in ast.walk(_tree(path)) if isinstance(node, ast.Attribute)}
+    assert not {name for name in names if _SOCKETS.match(name)}
 
 
 @every_source
@@ -133,8 +146,14 @@ def test_nothing_is_pickled_evaluated_or_run_through_a_shell(path: Path) -> None
 
 @every_source
 def test_what_the_metrics_need_is_an_extra_that_nothing_else_imports(path: Path) -> None:
-    if _id(path) not in ("kms/server/metrics.py", "kms/server/metrics_listener.py"):
+    if _id(path) not in ("kms/service/metrics.py", "kms/server/metrics_listener.py"):
         assert not {"prometheus_client", "h11"} & {name.split(".")[0] for name in _imports(path)}
+
+
+def test_the_command_lines_read_the_configuration_without_waiting_for_trio_or_cryptography() -> None:
+    program = "import sys, kms.server.config; print(*{'trio', 'cryptography', 'kms.core.envelope'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "\n"
 
 
 def test_every_layer_is_known_here() -> None:

@@ -16,9 +16,9 @@ from kms.core.keyring import Keyring, RotateGroup, apply
 from kms.core.secret import Secret
 from kms.errors import KeystoreError, KmsError, SaveFailedError, WrongPassphraseError
 from kms.host import durable
-from kms.keystore import document, file, legacy
-from kms.keystore.file import KeystoreLock
 from kms.limits import MAX_KEPT_KEYSTORES
+from kms.storage import document, file, legacy
+from kms.storage.file import KeystoreLock
 from kms_tests import format2
 from kms_tests.format2 import Group, Version
 

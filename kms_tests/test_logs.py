@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from kms.cli.logs import HumanFormatter, JsonFormatter, Voice
 from kms.limits import MAX_GROUP_NAME_BYTES
-from kms.server.event import Event
+from kms.service.event import Event
 
 ANY_TEXT = st.text(st.characters(codec=None, categories=None), max_size=50)
 """Line ends, escapes and lone surrogates too."""

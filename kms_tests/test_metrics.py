@@ -32,12 +32,12 @@ from kms.core.keyring import (
 from kms.core.policy import Operation, Principal
 from kms.errors import SaveFailedError, SaveOutcomeUnknownError, UnauthorizedError
 from kms.limits import MAX_METERED_GROUPS
-from kms.server import metrics
-from kms.server.metrics import BUCKETS, Meters
 from kms.server.metrics_listener import Exposition
-from kms.server.served import Peer, Served
+from kms.service import metrics
+from kms.service.metrics import BUCKETS, Meters
+from kms.service.served import Peer, Served
 from kms.wire.messages import CiphertextReply, Encrypt
-from kms_tests.test_middleware import Server, mint, text
+from kms_tests.in_memory import Server, mint, text
 
 ROOT = Path(__file__).parent.parent
 Labels = frozenset[tuple[str, str]]

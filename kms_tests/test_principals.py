@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from kms import limits
 from kms.core.policy import Operation
 from kms.errors import ConfigError, InputMissingError, SecretFileError
-from kms.server.principals import Principals, load, parse
+from kms.service.principals import Principals, load, parse
 
 DIGEST = sha256(b"one").hexdigest()
 OTHER = sha256(b"two").hexdigest()

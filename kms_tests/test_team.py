@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -17,21 +16,21 @@ from kms.core.keyring import EMPTY
 from kms.core.policy import Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
-from kms.server.actor import KeyringActor
-from kms.server.audit_keeper import AuditKeeper
-from kms.server.audit_trail import AuditTrail
-from kms.server.config import DataAudit, ServerConfig, resolve
-from kms.server.daemon import Reload
-from kms.server.handlers import Handlers
-from kms.server.local_provider import KeyringHolder, LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, RequestPipeline
-from kms.server.served import Credentials, Peer
-from kms.server.team import Access, TeamAuthenticator, load_access
-from kms.server.trials import Trials
-from kms.server.usage import Usage
+from kms.host.peer import Credentials
+from kms.server.config import resolve
+from kms.server.reload import Reload
+from kms.service.actor import KeyringActor
+from kms.service.audit_keeper import AuditKeeper
+from kms.service.audit_settings import AuditSettings, DataAudit
+from kms.service.audit_trail import AuditTrail
+from kms.service.authentication import Authenticator
+from kms.service.served import Peer
+from kms.service.service import ServedKeyring, Service
+from kms.service.team import Access, AccessSource, TeamAuthenticator
+from kms.service.usage import Usage
+from kms_tests.in_memory import ADMIN, API, Server, text
 from kms_tests.test_actor import Store
 from kms_tests.test_audit_trail import Log
-from kms_tests.test_middleware import ADMIN, API, Server, text, unrecorded
 
 SHARED = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
 TCP = Peer(1, "tcp")
@@ -80,12 +79,13 @@ class Clock:
         return self.now
 
 
-def reload_of(
-    config: ServerConfig, access: Access, pipeline: RequestPipeline, keyring: KeyringHolder, clock: Clock
-) -> Reload:
-    """What SIGHUP does, with `--no-audit`."""
-    keeper = AuditKeeper(replace(config, no_audit=True), AuditKeys(Secret(bytearray(64))))
-    return Reload(config, SHARED, access, pipeline, pipeline, keeper, keyring, clock)
+NO_AUDIT = AuditSettings(Path("/nowhere/audit.log"), DataAudit.ALL, is_off=True, is_named=False, accept_rollback=False)
+
+
+def service_of(keyring: ServedKeyring, access: Access) -> Service:
+    """Without an audit log."""
+    keeper = AuditKeeper(NO_AUDIT, AuditKeys(Secret(bytearray(64))))
+    return Service(keyring, keeper, Usage(keyring.current, None, Path("/nowhere/usage"), lambda: 7.0), access)
 
 
 class Team(Server):
@@ -97,16 +97,13 @@ class Team(Server):
         self.clock = Clock()
         if content is not None:
             self.write(content)
-        access = self.access()
-        self.pipeline.admit(access.authenticator, access.policy)
-        self.reload = reload_of(self.config, access, self.pipeline, self.manager, self.clock)
-
-    @property
-    def config(self) -> ServerConfig:
-        return resolve({"keystore": "/nonexistent"}, {"XDG_DATA_HOME": str(self.path.parent.parent)})
+        self.source = AccessSource(self.path, SHARED, self.clock, is_needed=False)
+        self.service = service_of(self.manager, self.access())
+        self.pipeline = self.service.pipeline
+        self.reload = Reload(self.service, self.source)
 
     def access(self) -> Access:
-        return load_access(self.config, SHARED, self.clock)
+        return self.source.load()
 
     def write(self, content: str) -> None:
         self.path.write_text(content)
@@ -318,11 +315,11 @@ def test_a_file_that_was_named_has_to_be_there(team: Team, how: str) -> None:
     named = str(team.path.with_name("named.toml"))
     config = resolve({"principals": named}, {}) if how == "flag" else resolve({}, {"MINIKMS_PRINCIPALS": named})
     with pytest.raises(InputMissingError, match=r"named\.toml"):
-        load_access(config, SHARED, team.clock)
+        AccessSource(config.principals, SHARED, team.clock, is_needed=config.principals_named).load()
 
 
 async def test_a_good_file_is_in_force_from_the_next_request_on(team: Team, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level("INFO", "kms.server.daemon")
+    caplog.set_level("INFO", "kms.server.reload")
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
     team.write(FILE.replace('"Encrypt", "Decrypt", "RotateKeyGroup"', '"Decrypt"'))
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok", "not before it is told to look"
@@ -352,7 +349,7 @@ async def test_a_good_file_is_in_force_from_the_next_request_on(team: Team, capl
 async def test_a_bad_file_changes_nothing_and_is_one_line_in_the_log(
     team: Team, caplog: pytest.LogCaptureFixture, spoil: Any
 ) -> None:
-    caplog.set_level("INFO", "kms.server.daemon")
+    caplog.set_level("INFO", "kms.server.reload")
     spoil(team.path)
     await team.reload()
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
@@ -377,10 +374,9 @@ async def test_a_file_that_comes_to_be_at_the_default_place_is_taken_up(data: Pa
 
 
 async def test_what_the_server_asks_of_itself_goes_on_record_too_once_there_is_a_record(team: Team) -> None:
-    schedule = Server().pipeline
+    schedule = team.service.schedule
     authenticator, policy = schedule.authenticator, schedule.policy
-    team.reload.schedule = schedule
-    team.reload.keeper.trail = trail = AuditTrail(Log(), DataAudit.ALL)
+    team.service.keeper.trail = trail = AuditTrail(Log(), DataAudit.ALL)
     await team.reload()
     assert (team.pipeline.trail, schedule.trail) == (trail, trail)
     assert (schedule.authenticator, schedule.policy) == (authenticator, policy), "no file decides about it"
@@ -392,7 +388,7 @@ async def test_a_bug_in_reading_the_file_costs_the_reload_and_not_the_server(
     def broken(path: Path) -> None:
         raise RuntimeError("canary")
 
-    monkeypatch.setattr("kms.server.team.load", broken)
+    monkeypatch.setattr("kms.service.team.load", broken)
     await team.reload()
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
     assert "RuntimeError" in caplog.text
@@ -406,22 +402,16 @@ REVOKED = {
 }
 
 
-def handlers_of(actor: KeyringActor) -> Handlers:
-    trials = Trials(actor, Usage(actor.current, None, Path("/nowhere/usage"), lambda: 7.0), unrecorded)
-    return Handlers(LocalMasterKeyProvider(actor), trials, trials, new_data_key=bytes)
-
-
 @pytest.mark.parametrize("content", REVOKED.values(), ids=REVOKED)
 async def test_a_mutation_is_authorized_again_when_the_actor_takes_it_up(team: Team, content: str) -> None:
     """Two rotations: one is being saved while the file changes, the other waits behind it."""
     store = Store()
     actor = KeyringActor(EMPTY, store, clock=lambda: 7)
-    access = team.access()
-    pipeline = RequestPipeline(handlers_of(actor), access.authenticator, access.policy)
+    service = service_of(actor, team.access())
     replies: list[dict[str, Any]] = []
 
     async def ask(kind: str, token: str, key: str) -> None:
-        later = pipeline.session(TCP).serve(json.dumps({"type": kind, "token": token, "keyId": key}).encode())
+        later = service.pipeline.session(TCP).serve(json.dumps({"type": kind, "token": token, "keyId": key}).encode())
         assert not isinstance(later, bytes)
         replies.append(json.loads(await later()))
 
@@ -437,7 +427,7 @@ async def test_a_mutation_is_authorized_again_when_the_actor_takes_it_up(team: T
             clients.start_soon(ask, "CreateKeyGroup", ADMIN, "neighbour")
             await trio.testing.wait_all_tasks_blocked()
             team.write(content)
-            await reload_of(team.config, access, pipeline, actor, team.clock)()
+            await Reload(service, team.source)()
             store.gate.set()
         actor.close()
     codes = [reply.get("errorCode", "ok") for reply in replies]
@@ -452,9 +442,11 @@ _NOBODY = (REVOKED["the principal is gone"], REVOKED["the token is another"])
 async def test_a_token_that_expires_while_its_mutation_waits_comes_too_late(team: Team) -> None:
     store = Store()
     actor = KeyringActor(EMPTY, store, clock=lambda: 7)
-    access = team.access()
-    pipeline = RequestPipeline(handlers_of(actor), access.authenticator, access.policy)
-    later = pipeline.session(TCP).serve(b'{"type":"RotateKeyGroup","token":"new token","keyId":"default"}')
+    later = (
+        service_of(actor, team.access())
+        .pipeline.session(TCP)
+        .serve(b'{"type":"RotateKeyGroup","token":"new token","keyId":"default"}')
+    )
     assert not isinstance(later, bytes)
     replies: list[dict[str, Any]] = []
 
@@ -479,7 +471,7 @@ def test_the_final_word_on_a_token_is_a_comparison_in_constant_time(team: Team, 
         compared.append((left, right))
         return False
 
-    monkeypatch.setattr("kms.server.team.compare_digest", refuse)
+    monkeypatch.setattr("kms.service.team.compare_digest", refuse)
     assert isinstance(team.access().authenticator, TeamAuthenticator)
     assert team.authenticated("old token") is None
     assert compared == [(sha256(b"old token").digest(),) * 2]

@@ -17,14 +17,14 @@ import pytest
 
 from kms.core.keyring import EMPTY, CreateGroup, KeyGroup, Keyring, KeyVersion, VersionStatus, apply
 from kms.errors import ConfigError, InvalidRequestError, KeystoreError
-from kms.keystore import document, legacy
 from kms.limits import MAX_FRAME_BYTES
 from kms.server.config import resolve
+from kms.storage import document, legacy
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
 from kms_tests.budget import within_budget
 from kms_tests.fuzz.targets import encode2, encode3, open2, open3, reseal2, reseal3
-from kms_tests.test_middleware import Server, mint, text
+from kms_tests.in_memory import Server, mint, text
 
 Opener = Callable[[bytes], Keyring]
 Resealer = Callable[[dict[str, Any]], bytes]

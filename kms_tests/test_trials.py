@@ -16,16 +16,16 @@ from kms.core.policy import AllowAll, Operation
 from kms.core.usage import TimedDisable
 from kms.errors import InternalError, SaveFailedError, UnavailableError
 from kms.limits import MAX_TIMED_DISABLE_SECONDS, TIMED_DISABLE_RETRY_SECONDS
-from kms.server import trials as trials_module
-from kms.server.audit_trail import AuditTrail
-from kms.server.config import DataAudit
-from kms.server.handlers import Handlers
-from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import RequestPipeline
-from kms.server.trials import ScheduleAuthenticator, Trials
-from kms.server.usage import Usage
+from kms.service import trials as trials_module
+from kms.service.audit_settings import DataAudit
+from kms.service.audit_trail import AuditTrail
+from kms.service.handlers import Handlers
+from kms.service.local_provider import LocalMasterKeyProvider
+from kms.service.pipeline import RequestPipeline
+from kms.service.trials import ScheduleAuthenticator, Trials
+from kms.service.usage import Usage
+from kms_tests.in_memory import ADMIN, API, PEER, Only, Server
 from kms_tests.test_audit_trail import Log
-from kms_tests.test_middleware import ADMIN, API, PEER, Only, Server
 
 START = 1_800_000_000
 NAME = ("default", 1)

@@ -14,15 +14,15 @@ from kms.core import ciphertext
 from kms.core.keyring import EnableVersion
 from kms.core.policy import AllowAll, Operation
 from kms.core.usage import OTHERS, Operations, TimedDisable
-from kms.keystore import usage_file
 from kms.limits import MAX_REFUSED_NAMES, USAGE_FLUSH_SECONDS
-from kms.server import usage as usage_module
-from kms.server.handlers import Handlers
-from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import RequestPipeline
-from kms.server.trials import Trials
-from kms.server.usage import Usage, load
-from kms_tests.test_middleware import Only, Server, text, unrecorded
+from kms.service import usage as usage_module
+from kms.service.handlers import Handlers
+from kms.service.local_provider import LocalMasterKeyProvider
+from kms.service.pipeline import RequestPipeline
+from kms.service.trials import Trials
+from kms.service.usage import Usage, load
+from kms.storage import usage_file
+from kms_tests.in_memory import Only, Server, text, unrecorded
 
 NOW = 1_800_000_000
 NAME = ("default", 1)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from kms.core.usage import Operations, Refusals, TimedDisable
 from kms.errors import InputError, InputMissingError, SecretFileError
-from kms.keystore import usage_file
-from kms.keystore.usage_file import Record
 from kms.limits import MAX_VERSION
+from kms.storage import usage_file
+from kms.storage.usage_file import Record
 
 MOST = (1 << 63) - 1
 counts = st.integers(0, MOST)

@@ -273,7 +273,7 @@ def init(
 
 def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
     from kms.core.derive import KdfParameters
-    from kms.keystore.file import KeystoreLock, initialise
+    from kms.storage.file import KeystoreLock, initialise
 
     made: list[Path] = []
     with KeystoreLock(keystore) as lock:
@@ -341,7 +341,7 @@ def new_token(settings: Settings, name: str) -> None:
     """
     from hashlib import sha256
 
-    from kms.server.principals import check_name
+    from kms.service.principals import check_name
 
     check_name(name)
     with _fresh_token() as token:
@@ -366,7 +366,7 @@ def explain(settings: Settings, principal: str, operation: str, key: str, aad: s
     Needs no server: the file is read as it is, which a server does only at its start and on SIGHUP. ReEncrypt needs
     Decrypt on the group it moves from, too.
     """
-    from kms.server.principals import load
+    from kms.service.principals import load
 
     file = load(resolve({"principals": principals}, os.environ).principals)
     member = file.members.get(principal)
@@ -403,8 +403,8 @@ def change_passphrase(
     The audit log, if there is one, goes on under the new passphrase, which verifies what was written before, too.
     """
     from kms.core.derive import KdfParameters
-    from kms.keystore import file
-    from kms.keystore.audit_log import is_kept
+    from kms.storage import file
+    from kms.storage.audit_log import is_kept
 
     config = resolve({"keystore": keystore, "passphrase_file": passphrase_file, "audit_log": audit_log}, os.environ)
     if not os.path.lexists(config.keystore):
@@ -412,7 +412,7 @@ def change_passphrase(
     with file.KeystoreLock(config.keystore) as lock, _passphrase(config, new=False) as old:
         new_file = Path(new_passphrase_file) if new_passphrase_file else None
         with prompt.obtain("new passphrase", "MINIKMS_NEW_PASSPHRASE", new_file, "--new-passphrase-file", new=True) as new:
-            log = config.audit_log if is_kept(config.audit_log) else None
+            log = config.audit.path if is_kept(config.audit.path) else None
             file.change_passphrase(lock, old, new, parameters=KdfParameters(), audit_log=log)
     _show_detail(settings, "passphrase changed")
 
@@ -438,15 +438,15 @@ def verify_audit(
     Name rotated files, the oldest first, with the one that is written last; without FILE that one alone. Needs no
     server, and minds none.
     """
-    from kms.keystore.audit_check import verify
-    from kms.keystore.file import AuditReader
+    from kms.storage.audit_check import verify
+    from kms.storage.file import AuditReader
 
     config = resolve({"audit_log": audit_log, "keystore": keystore, "passphrase_file": passphrase_file}, os.environ)
-    paths = [Path(file) for file in files] or [config.audit_log]
+    paths = [Path(file) for file in files] or [config.audit.path]
     if not os.path.lexists(config.keystore):
         raise InputMissingError(f"there is no keystore at {config.keystore}; name it with --keystore")
     with _passphrase(config, new=False) as passphrase, AuditReader(config.keystore, passphrase) as reader:
-        report = verify(paths, reader, needs_head=os.path.realpath(paths[-1]) == os.path.realpath(config.audit_log))
+        report = verify(paths, reader, needs_head=os.path.realpath(paths[-1]) == os.path.realpath(config.audit.path))
     if settings.json:
         render.document(
             authentic=not report.count,

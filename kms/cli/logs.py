@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 
 from kms.cli.run import one_line
 from kms.limits import MAX_LOGGED_MESSAGE, MAX_LOGGED_VALUE
-from kms.server.event import Event
+from kms.service.event import Event
 
 
 class HumanFormatter(logging.Formatter):

@@ -5,13 +5,13 @@ from __future__ import annotations
 import grp
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import StrEnum
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
 from kms import limits
 from kms.errors import ConfigError
+from kms.service.audit_settings import AuditSettings, DataAudit
 
 ENVIRONMENT: Final = {
     "tcp_port": "MINIKMS_TCP_PORT",
@@ -36,14 +36,6 @@ LOG_FORMATS: Final = ("human", "json")
 """The first is the default."""
 
 
-class DataAudit(StrEnum):
-    """What is recorded of the data plane. The control plane is, always."""
-
-    ALL = "all"
-    REFUSED = "refused"
-    NONE = "none"
-
-
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
     """What the server runs with. A listener that is off is None; a secret without a file comes from a prompt."""
@@ -59,13 +51,7 @@ class ServerConfig:
     principals: Path
     principals_named: bool
     """Whether that file has to exist; the one at the default place need not."""
-    audit_log: Path
-    audit_log_named: bool
-    """Whether one is kept in any case; at the default place one is kept when there are principals."""
-    no_audit: bool
-    audit_data: DataAudit
-    accept_rollback: bool
-    """Whether to start on a keystore that is older than its audit log."""
+    audit: AuditSettings
     max_frame_bytes: int
     idle_timeout: float
     """Seconds."""
@@ -73,10 +59,6 @@ class ServerConfig:
     metrics_port: int | None
     metrics_groups: bool
     """Whether the metrics name key groups."""
-
-    def keeps_audit(self, *, has_principals: bool) -> bool:
-        """Whether an audit log is kept, given whether there is a file of principals."""
-        return not self.no_audit and (self.audit_log_named or has_principals)
 
 
 def data_directory(environ: Mapping[str, str]) -> Path:
@@ -115,11 +97,13 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         passphrase_file=source.optional_path("passphrase_file", credential),
         principals=principals or data / "principals.toml",
         principals_named=principals is not None,
-        audit_log=audit_log or data / "audit.log",
-        audit_log_named=audit_log is not None,
-        no_audit=no_audit,
-        audit_data=DataAudit(source.choice("audit_data", tuple(DataAudit))),
-        accept_rollback=bool(flags.get("accept_rollback")),
+        audit=AuditSettings(
+            path=audit_log or data / "audit.log",
+            data=DataAudit(source.choice("audit_data", tuple(DataAudit))),
+            is_off=no_audit,
+            is_named=audit_log is not None,
+            accept_rollback=bool(flags.get("accept_rollback")),
+        ),
         max_frame_bytes=source.number(
             "max_frame_bytes", limits.MAX_FRAME_BYTES, limits.MIN_FRAME_BYTES, limits.MAX_FRAME_BYTES_CEILING
         ),

@@ -33,9 +33,9 @@ from typing import Protocol
 import trio
 
 from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, MAX_REJECTIONS, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
-from kms.server.audit_trail import Turn
-from kms.server.middleware import Later, Rejection
 from kms.server.outbox import Outbox
+from kms.service.audit_trail import Turn
+from kms.service.pipeline import Later, Rejection
 from kms.wire.framing import Framer
 
 _LINGER_SECONDS = 1.0
@@ -54,7 +54,7 @@ class ConnectionBounds:
 
 
 class Session(Protocol):
-    """What answers the lines of one connection; see `kms.server.middleware.Session`."""
+    """What answers the lines of one connection; see `kms.service.pipeline.Session`."""
 
     @property
     def turn(self) -> Turn: ...

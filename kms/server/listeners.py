@@ -7,8 +7,9 @@ import errno
 import os
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import trio
 
@@ -16,6 +17,32 @@ from kms.errors import ConfigError, FileAccessError
 from kms.host import locking
 from kms.host.private import check_shared_directory, make_private_directory
 from kms.limits import ACCEPT_BACKLOG, DEFAULT_TCP_HOST
+from kms.server.config import ServerConfig
+
+
+class Door(NamedTuple):
+    """A listener, which transport it is (`tcp` or `unix`), and its address as people write it."""
+
+    listener: trio.SocketListener
+    transport: str
+    address: str
+
+
+@contextlib.contextmanager
+def listening(config: ServerConfig) -> Iterator[list[Door]]:
+    """Listen on what is configured until the end of the block. Raises what `open_tcp` and `UnixListener` raise."""
+    doors: list[Door] = []
+    with contextlib.ExitStack() as cleanup:
+        if config.tcp_port is not None:
+            tcp, port = open_tcp(config.tcp_port)
+            cleanup.callback(tcp.socket.close)
+            doors.append(Door(tcp, "tcp", f"{DEFAULT_TCP_HOST}:{port}"))
+        if config.unix_socket is not None:
+            unix = UnixListener(config.unix_socket, config.unix_socket_gid)
+            cleanup.callback(unix.remove)
+            cleanup.callback(unix.listener.socket.close)
+            doors.append(Door(unix.listener, "unix", str(config.unix_socket)))
+        yield doors
 
 
 def open_tcp(port: int, flag: str = "--tcp-port") -> tuple[trio.SocketListener, int]:

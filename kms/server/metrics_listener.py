@@ -38,7 +38,7 @@ from kms.limits import (
     SCRAPE_REQUEST_TIMEOUT,
 )
 from kms.server.listeners import open_tcp
-from kms.server.middleware import log_bug
+from kms.service.bugs import log_bug
 
 PATH: Final = b"/metrics"
 _OPENMETRICS: Final = "application/openmetrics-text"

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from kms.core.keyring import Command, DisableVersion, Keyring, RotateGroup, apply
 from kms.core.secret import Secret
-from kms.keystore import file
-from kms.keystore.file import KeystoreLock
+from kms.storage import file
+from kms.storage.file import KeystoreLock
 from kms_tests import format2
 from kms_tests.faults.program import TINY
 from kms_tests.integration.processes import PASSPHRASE

@@ -8,8 +8,8 @@ from dataclasses import replace
 
 from kms.core import keyring as core
 from kms.core.keyring import Command, KeyGroup, Keyring, Mint, RotateGroup, VersionStatus
-from kms.keystore.file import Keystore
-from kms.server import actor
+from kms.service import actor
+from kms.storage.file import Keystore
 
 
 def reply_before_save() -> None:

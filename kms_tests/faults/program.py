@@ -81,7 +81,7 @@ def command(name: str, *arguments: str, mutant: str = "sound") -> list[str]:
 
 def _load(keystore: Path) -> int:
     from kms.core.secret import Secret
-    from kms.keystore import file
+    from kms.storage import file
 
     with file.KeystoreLock(keystore) as lock:
         _, keyring = file.load(lock, Secret(bytearray(os.environb[b"MINIKMS_PASSPHRASE"])))

@@ -10,8 +10,8 @@ from typing import Any, Final
 from kms.core import ciphertext
 from kms.core.envelope import HEADER_BYTES, EnvelopeKey, StreamOpener
 from kms.core.keyring import KeyVersion, VersionStatus
-from kms.keystore import document, legacy
 from kms.server import config
+from kms.storage import document, legacy
 from kms.wire import messages
 from kms_tests.fuzz import targets
 

@@ -46,15 +46,16 @@ from kms.core.secret import Secret
 from kms.core.usage import Operations, Refusals, TimedDisable
 from kms.errors import ConfigError, DecryptionFailedError, InputError, KeystoreError, WrongPassphraseError
 from kms.host.private import read_secret
-from kms.keystore import document, legacy, usage_file
-from kms.keystore.document import KdfHeader, RootKeys
 from kms.server.config import ENVIRONMENT, resolve
-from kms.server.handlers import Handlers
-from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, RequestPipeline
-from kms.server.principals import parse as parse_principals
-from kms.server.served import Peer
-from kms.server.usage import Usage
+from kms.service.authentication import Authenticator
+from kms.service.handlers import Handlers
+from kms.service.local_provider import LocalMasterKeyProvider
+from kms.service.pipeline import RequestPipeline
+from kms.service.principals import parse as parse_principals
+from kms.service.served import Peer
+from kms.service.usage import Usage
+from kms.storage import document, legacy, usage_file
+from kms.storage.document import KdfHeader, RootKeys
 from kms.wire import messages
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request

@@ -13,7 +13,7 @@ import pytest
 from kms.core.keyring import Keyring
 from kms.errors import KeystoreError, WrongPassphraseError
 from kms_tests.fuzz.targets import AAD, DECRYPTION_FAILED, decrypt_line, encode2, encode3, open2, open3, world
-from kms_tests.test_middleware import PEER, Server, text
+from kms_tests.in_memory import PEER, Server, text
 
 CIPHERTEXTS = 100
 NAMES = ["default", "billing", "a", "x" * 64]

@@ -6,7 +6,7 @@ import socket
 import time
 
 from kms.server.connection import Connection, ConnectionBounds
-from kms.server.middleware import Later, Session
+from kms.service.pipeline import Later, Session
 from kms.wire.framing import Framer
 
 STALL = b"stall"

@@ -25,7 +25,7 @@ from typing import BinaryIO, Final
 
 from kms.core import derive
 from kms.core.secret import Secret
-from kms.keystore import document
+from kms.storage import document
 from kms_tests.integration.processes import Machine, Server, eventually
 
 PIECE: Final = 16

@@ -47,21 +47,23 @@ sys.exit(main())
 """
 KEEPS_THE_ROOT_KEY = """
 import sys
-from kms.keystore import document
+from kms.storage import document
 class Keeping(document.RootKeys):
     def __init__(self, root):
         super().__init__(root)
         global copy
         copy = bytes(root.view())
 document.RootKeys = Keeping
-from kms.keystore import file
+from kms.storage import file
 file.RootKeys = Keeping
 from kms.cli.server import main
 sys.exit(main())
 """
 DOES_NOT_WIPE = """
-from kms.server import daemon
-daemon._wipe = lambda keyring, keystore: globals().update(kept=(keyring, keystore))
+from kms.service.service import Service
+from kms.storage.file import Keystore
+Service.close = lambda service: globals().update(kept_service=service)
+Keystore.wipe = lambda keystore: globals().update(kept_keystore=keystore)
 """
 
 MAY_NOT_LOCK = """

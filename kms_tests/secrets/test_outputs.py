@@ -24,11 +24,12 @@ from kms.core.envelope import EnvelopeKey
 from kms.core.policy import AllowAll, Plane
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, WireError
-from kms.keystore.file import KeystoreLock, initialise
 from kms.server.config import LOG_FORMATS
-from kms.server.handlers import Handlers
-from kms.server.middleware import Authenticator, RequestPipeline
-from kms.server.served import Peer
+from kms.service.authentication import Authenticator
+from kms.service.handlers import Handlers
+from kms.service.pipeline import RequestPipeline
+from kms.service.served import Peer
+from kms.storage.file import KeystoreLock, initialise
 from kms.wire import messages
 from kms_tests.integration.processes import Machine, Outcome, Server, Wire, eventually
 from kms_tests.secrets.canaries import forms, leaked, text
@@ -56,7 +57,7 @@ NO_KEYS: Final = cast(Any, None)
 WITH_A_BUG_AND_A_POLICY: Final = """
 import sys
 from kms.core.policy import AllowAll
-from kms.server.handlers import Handlers
+from kms.service.handlers import Handlers
 def rotate(self, request, caller):
     raise RuntimeError(f"{request.token} {request!r}")
 async def disable(self, request, caller):
@@ -73,12 +74,12 @@ sys.exit(main())
 """
 LOGS_TOO_MUCH: Final = """
 import logging, sys
-from kms.server import middleware
-decode = middleware.decode_request
+from kms.service import pipeline
+decode = pipeline.decode_request
 def chatty(line):
     logging.getLogger("kms").info("%s", line)
     return decode(line)
-middleware.decode_request = chatty
+pipeline.decode_request = chatty
 from kms.cli.server import main
 sys.exit(main())
 """

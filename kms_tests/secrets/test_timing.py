@@ -23,9 +23,10 @@ import pytest
 from kms.core.policy import AllowAll, Plane, Principal
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError
-from kms.server.handlers import Handlers
-from kms.server.middleware import Authenticator, RequestPipeline
-from kms.server.served import Peer
+from kms.service.authentication import Authenticator
+from kms.service.handlers import Handlers
+from kms.service.pipeline import RequestPipeline
+from kms.service.served import Peer
 
 THRESHOLD: Final = 4.5
 CROP: Final = 0.9

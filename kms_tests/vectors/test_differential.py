@@ -23,8 +23,8 @@ from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
-from kms.keystore import document, legacy
-from kms.keystore.document import KdfHeader, RootKeys
+from kms.storage import document, legacy
+from kms.storage.document import KdfHeader, RootKeys
 from kms_tests.strategies import aads, plaintexts, stored_names, versions
 from kms_tests.vectors import independent
 from kms_tests.vectors.independent import Group, Version

@@ -17,7 +17,7 @@ import msgspec
 from kms.core.derive import KdfParameters
 from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
 from kms.core.secret import Secret
-from kms.keystore.file import Keystore, KeystoreLock, initialise
+from kms.storage.file import Keystore, KeystoreLock, initialise
 from kms_tests.integration.processes import PASSPHRASE, Server
 from scripts.benchmark.processes import Bench, resident_mib, spread
 from scripts.benchmark.turns import encoded, prepare

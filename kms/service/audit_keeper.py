@@ -16,23 +16,23 @@ import trio
 from kms.core.audit import AuditKeys
 from kms.core.keyring import Keyring, Mint
 from kms.errors import KmsError, UnavailableError
-from kms.keystore.audit_log import AuditLog
 from kms.limits import AUDIT_SYNC_INTERVAL
-from kms.server.actor import KeyringStore
-from kms.server.audit_trail import AuditTrail
-from kms.server.config import ServerConfig
+from kms.service.actor import KeyringStore
+from kms.service.audit_settings import AuditSettings
+from kms.service.audit_trail import AuditTrail
+from kms.storage.audit_log import AuditLog
 
 log: Final = logging.getLogger(__name__)
 
 
 class AuditKeeper:
-    """Keeps the audit log that `config` asks for; `log` and `trail` are None as long as none is kept."""
+    """Keeps the audit log that `settings` ask for; `log` and `trail` are None as long as none is kept."""
 
-    def __init__(self, config: ServerConfig, keys: AuditKeys) -> None:
+    def __init__(self, settings: AuditSettings, keys: AuditKeys) -> None:
         """`keys` are not wiped here."""
         self.log: AuditLog | None = None
         self.trail: AuditTrail | None = None
-        self._config = config
+        self._settings = settings
         self._keys = keys
         self._trouble = ""
 
@@ -41,11 +41,11 @@ class AuditKeeper:
 
         `generation` is the keystore's.
         """
-        config = self._config
-        if self.log is not None or not config.keeps_audit(has_principals=has_principals):
+        settings = self._settings
+        if self.log is not None or not settings.keeps(has_principals=has_principals):
             return
-        self.log = AuditLog(config.audit_log, self._keys, generation=generation, accept_rollback=config.accept_rollback)
-        self.trail = AuditTrail(self.log, config.audit_data)
+        self.log = AuditLog(settings.path, self._keys, generation=generation, accept_rollback=settings.accept_rollback)
+        self.trail = AuditTrail(self.log, settings.data)
         for remark in self.log.remarks:
             log.warning("the audit log %s: %s", self.log.path, remark)
 

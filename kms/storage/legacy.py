@@ -18,7 +18,7 @@ from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import Keyring
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
-from kms.keystore.document import (
+from kms.storage.document import (
     ALTERED,
     WRONG_PASSPHRASE,
     KdfHeader,

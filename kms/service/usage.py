@@ -26,11 +26,11 @@ from kms.core.keyring import Keyring, KeyVersion, VersionStatus
 from kms.core.policy import Principal
 from kms.core.usage import OTHERS, Operations, Refusals, TimedDisable, VersionUsage
 from kms.errors import DecryptionFailedError, InputMissingError, KmsError
-from kms.keystore import usage_file
-from kms.keystore.usage_file import Document, Record
 from kms.limits import MAX_REFUSED_NAMES, USAGE_FLUSH_SECONDS, USAGE_SLICE
-from kms.server.middleware import log_bug
-from kms.server.served import Served
+from kms.service.bugs import log_bug
+from kms.service.served import Served
+from kms.storage import usage_file
+from kms.storage.usage_file import Document, Record
 from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, ReEncrypt, Request
 
 log: Final = logging.getLogger(__name__)

@@ -3,137 +3,16 @@
 from __future__ import annotations
 
 import gc
-import inspect
 import json
 import logging
-import os
 import weakref
-from base64 import b64decode, b64encode
-from collections.abc import Awaitable, Sequence
-from pathlib import Path
+from base64 import b64decode
 from typing import Any
 
 import pytest
 
-from kms.core.envelope import EnvelopeKey
-from kms.core.keyring import (
-    EMPTY,
-    Command,
-    CreateGroup,
-    DestroyVersion,
-    DisableVersion,
-    EnableVersion,
-    KeyGroup,
-    NewKek,
-    RotateGroup,
-    apply,
-)
-from kms.core.policy import AllowAll, KeyAuthorizationPolicy, Operation, Principal
-from kms.core.provider import Permit
-from kms.core.secret import Secret
-from kms.host.entropy import random_key
 from kms.limits import MAX_FRAME_BYTES
-from kms.server.handlers import Handlers
-from kms.server.local_provider import LocalMasterKeyProvider
-from kms.server.middleware import Authenticator, RequestPipeline
-from kms.server.served import Peer, Served
-from kms.server.trials import Trials
-from kms.server.usage import Usage
-
-API, ADMIN = "api-token-canary", "admin-token-canary"
-PEER = Peer(3, "unix")
-
-
-def mint(group: str, version: int) -> NewKek:
-    with random_key() as key:
-        return NewKek(EnvelopeKey(key), b"wrapped")
-
-
-class Manager:
-    """A `KeyringManager` in memory: another implementation of the seam, as one with etcd behind it would be."""
-
-    def __init__(self) -> None:
-        self.current = apply(EMPTY, CreateGroup("default"), now=1, mint=mint)
-        self.fault: Exception | None = None
-
-    def _apply(self, command: Command) -> KeyGroup:
-        if self.fault is not None:
-            raise self.fault
-        self.current = apply(self.current, command, now=2, mint=mint)
-        return self.current.groups[command.group]
-
-    async def create_group(self, group: str, permit: Permit) -> KeyGroup:
-        permit()
-        return self._apply(CreateGroup(group))
-
-    async def rotate_group(self, group: str, permit: Permit) -> KeyGroup:
-        permit()
-        return self._apply(RotateGroup(group))
-
-    async def disable_version(self, group: str, version: int, permit: Permit, *, for_a_time: bool = False) -> KeyGroup:
-        permit()
-        return self._apply(DisableVersion(group, version, for_a_time))
-
-    async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
-        permit()
-        return self._apply(EnableVersion(group, version))
-
-    async def destroy_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
-        permit()
-        return self._apply(DestroyVersion(group, version))
-
-    def list_groups(self) -> Sequence[KeyGroup]:
-        if self.fault is not None:
-            raise self.fault
-        return tuple(self.current.groups.values())
-
-    def find_group(self, group: str) -> KeyGroup | None:
-        return self.current.groups.get(group)
-
-
-class Server:
-    """The pipeline as a function from object to object."""
-
-    def __init__(self, policy: KeyAuthorizationPolicy | None = None) -> None:
-        self.manager = Manager()
-        provider = LocalMasterKeyProvider(self.manager)
-        self.usage = Usage(self.manager.current, None, Path("/nowhere/usage"), lambda: 1000.5)
-        trials = Trials(self.manager, self.usage, unrecorded)
-        handlers = Handlers(provider, trials, trials, new_data_key=lambda: os.urandom(32))
-        authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
-        self.seen: list[Served] = []
-        self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll(), [self.seen.append])
-
-    def line(self, line: bytes, peer: Peer = PEER) -> dict[str, Any]:
-        answer = self.pipeline.session(peer).serve(line)
-        if not isinstance(answer, bytes):
-            answer = _finish(answer())
-        reply: dict[str, Any] = json.loads(answer)
-        return reply
-
-    def ask(self, kind: str, token: str = API, **fields: Any) -> dict[str, Any]:
-        return self.line(json.dumps({"type": kind, "token": token, **fields}).encode())
-
-    def admin(self, kind: str, **fields: Any) -> dict[str, Any]:
-        return self.ask(kind, ADMIN, **fields)
-
-
-async def unrecorded() -> None:
-    """In the place of an audit log that is made durable."""
-
-
-def _finish(answer: Awaitable[bytes]) -> bytes:
-    assert inspect.iscoroutine(answer)
-    with pytest.raises(StopIteration) as stop:
-        answer.send(None)
-    value = stop.value.value
-    assert isinstance(value, bytes)
-    return value
-
-
-def text(data: bytes) -> str:
-    return b64encode(data).decode()
-
+from kms_tests.in_memory import ADMIN, API, PEER, Server, finish, text
 
 FAILED = {"status": "error", "errorCode": "DecryptionFailed", "message": "decryption failed"}
 
@@ -199,47 +78,6 @@ def test_ListKeyGroups_shows_every_group(server: Server) -> None:
     groups = server.admin("ListKeyGroups")["keyGroups"]
     version = {"version": 1, "status": "ACTIVE", "createdAtEpochSec": 1}
     assert groups == [{"keyId": "default", "activeVersion": 1, "versions": [version]}]
-
-
-DATA = ["GenerateDataKey", "Encrypt", "Decrypt", "ReEncrypt", "Health", "Ping"]
-CONTROL = [
-    "CreateKeyGroup",
-    "RotateKeyGroup",
-    "ListKeyGroups",
-    "DescribeKeyGroup",
-    "DisableVersion",
-    "EnableVersion",
-    "DestroyVersion",
-]
-
-
-@pytest.mark.parametrize("token", ["", "wrong", ADMIN, API + "x", "\u00e9"])
-@pytest.mark.parametrize("kind", DATA)
-def test_AuthFailed_for_a_token_that_is_not_the_data_planes(server: Server, kind: str, token: str) -> None:
-    assert server.ask(kind, token) == {"status": "error", "errorCode": "AuthFailed", "message": "invalid API token"}
-
-
-@pytest.mark.parametrize("token", ["", "wrong", API])
-@pytest.mark.parametrize("kind", CONTROL)
-def test_AuthFailed_for_a_token_that_is_not_the_control_planes(server: Server, kind: str, token: str) -> None:
-    assert server.ask(kind, token) == {"status": "error", "errorCode": "AuthFailed", "message": "invalid admin token"}
-
-
-@pytest.mark.parametrize(
-    "line", [b'{"type":"Encrypt"}', b'{"type":"Encrypt","token":7}', b'{"type":"Encrypt","token":null}']
-)
-def test_AuthFailed_for_a_missing_or_ill_typed_token(server: Server, line: bytes) -> None:
-    assert server.line(line)["errorCode"] == "AuthFailed"
-
-
-@pytest.mark.parametrize(
-    "fields",
-    [{}, {"plaintext": 7}, {"plaintext": "?"}, {"plaintext": "QR=="}, {"plaintext": "", "aad": []}],
-    ids=["missing field", "ill-typed field", "bad base64", "non-canonical base64", "ill-typed aad"],
-)
-def test_authentication_comes_before_validation(server: Server, fields: dict[str, Any]) -> None:
-    assert server.ask("Encrypt", "wrong", **fields)["errorCode"] == "AuthFailed"
-    assert server.ask("Encrypt", API, **fields)["errorCode"] == "InvalidRequest"
 
 
 @pytest.mark.parametrize(
@@ -356,48 +194,6 @@ def test_FrameTooLarge_names_the_limit(server: Server) -> None:
     }
 
 
-class Only:
-    """Allows just what it is told."""
-
-    def __init__(self, *allowed: tuple[Operation, str | None]) -> None:
-        self.allowed = allowed
-
-    def allows(self, principal: Principal, operation: Operation, group: str | None, aad: bytes) -> bool:
-        return (operation, group) in self.allowed
-
-
-def test_Unauthorized_when_the_policy_forbids_the_group_or_the_operation() -> None:
-    server = Server(Only((Operation.ENCRYPT, "default")))
-    assert server.ask("Encrypt", plaintext="")["status"] == "ok"
-    assert server.ask("Encrypt", plaintext="", keyId="other")["errorCode"] == "Unauthorized"
-    assert server.ask("GenerateDataKey")["errorCode"] == "Unauthorized"
-    assert server.ask("Health")["errorCode"] == "Unauthorized"
-    assert server.admin("RotateKeyGroup", keyId="default")["errorCode"] == "Unauthorized"
-
-
-def test_Unauthorized_never_comes_before_AuthFailed() -> None:
-    assert Server(Only()).ask("Encrypt", "wrong", plaintext="")["errorCode"] == "AuthFailed"
-
-
-@pytest.mark.parametrize(
-    ("allowed", "outcome"),
-    [
-        ([(Operation.DECRYPT, "default"), (Operation.RE_ENCRYPT, "other")], "ok"),
-        ([(Operation.DECRYPT, "default"), (Operation.RE_ENCRYPT, "default")], "error"),
-        ([(Operation.DECRYPT, "other"), (Operation.RE_ENCRYPT, "other")], "error"),
-        ([(Operation.RE_ENCRYPT, "default"), (Operation.RE_ENCRYPT, "other")], "error"),
-    ],
-)
-def test_ReEncrypt_needs_DECRYPT_on_the_source_and_RE_ENCRYPT_on_the_destination(
-    allowed: list[tuple[Operation, str | None]], outcome: str
-) -> None:
-    setup = [(Operation.ENCRYPT, "default"), (Operation.CREATE_KEY_GROUP, "other")]
-    server = Server(Only(*allowed, *setup))
-    server.admin("CreateKeyGroup", keyId="other")
-    sealed = server.ask("Encrypt", plaintext="")["ciphertext"]
-    assert server.ask("ReEncrypt", ciphertext=sealed, keyId="other")["status"] == outcome
-
-
 def test_control_operations_and_every_refusal_are_audited_without_a_secret(
     server: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -495,7 +291,7 @@ def test_who_watches_is_told_of_every_request_once_and_in_order(server: Server) 
     session.frame_too_large(10)
     rotated = session.serve(f'{{"type":"RotateKeyGroup","token":"{ADMIN}","keyId":"default"}}'.encode())
     assert not isinstance(rotated, bytes)
-    _finish(rotated())
+    finish(rotated())
     assert [
         (
             served.number,

@@ -32,9 +32,10 @@ from kms.core.provider import KeyringManager, Permit
 from kms.core.usage import TimedDisable, VersionUsage
 from kms.errors import InternalError, InvalidRequestError, KmsError, WireError
 from kms.limits import MAX_TIMED_DISABLES, TIMED_DISABLE_RETRY_SECONDS
-from kms.server.middleware import Authenticator, RequestPipeline, Session
-from kms.server.served import Peer
-from kms.server.usage import Usage, VersionName
+from kms.service.authentication import Authenticator
+from kms.service.pipeline import RequestPipeline, Session
+from kms.service.served import Peer
+from kms.service.usage import Usage, VersionName
 from kms.wire.messages import DetailReply, EnableVersion, ErrorReply, encode
 
 log: Final = logging.getLogger(__name__)

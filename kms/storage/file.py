@@ -26,10 +26,10 @@ from kms.errors import (
 from kms.host import durable, locking
 from kms.host.entropy import random_key
 from kms.host.private import make_private_directory, open_private
-from kms.keystore import document, legacy, usage_file
-from kms.keystore.audit_log import handing_over
-from kms.keystore.document import KdfHeader, RootKeys
 from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEPT_KEYSTORES, MAX_KEYSTORE_BYTES
+from kms.storage import document, legacy, usage_file
+from kms.storage.audit_log import handing_over
+from kms.storage.document import KdfHeader, RootKeys
 
 KeyFactory = Callable[[], Secret]
 

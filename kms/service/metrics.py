@@ -31,10 +31,10 @@ from kms.core import ciphertext
 from kms.core.keyring import Keyring, Mint, VersionStatus
 from kms.errors import SaveFailedError, WireError
 from kms.limits import MAX_METERED_GROUPS
-from kms.server.actor import KeyringStore
-from kms.server.handlers import group_of
-from kms.server.local_provider import KeyringHolder
-from kms.server.served import Observer, Served
+from kms.service.actor import KeyringStore
+from kms.service.handlers import group_of
+from kms.service.local_provider import KeyringHolder
+from kms.service.served import Observer, Served
 from kms.wire.messages import AnyRequest, Decrypt, Encrypt, GenerateDataKey, GroupRequest, ReEncrypt, Request
 
 UNKNOWN: Final = "unknown"

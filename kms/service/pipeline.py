@@ -13,38 +13,24 @@ closed.
 from __future__ import annotations
 
 import logging
-import traceback
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from hashlib import sha256
-from hmac import compare_digest
 from time import perf_counter
-from typing import Any, Final
+from typing import Final
 
 from msgspec import structs
 
-from kms.core import ciphertext
 from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
-from kms.core.secret import Secret
-from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnauthorizedError, UnavailableError, WireError
-from kms.server.audit_trail import AuditTrail, Turn, unrecorded
-from kms.server.event import Event
-from kms.server.handlers import Handlers, group_of
-from kms.server.served import Observer, Peer, Served, UsageCounter, bounded_name
-from kms.wire.messages import (
-    Decrypt,
-    Encrypt,
-    ErrorReply,
-    GenerateDataKey,
-    ReEncrypt,
-    Reply,
-    Request,
-    UndecodableRequestError,
-    decode_request,
-    encode,
-)
+from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnavailableError, WireError
+from kms.service.audit_trail import AuditTrail, Turn, unrecorded
+from kms.service.authentication import Authenticator
+from kms.service.authorization import authorize
+from kms.service.bugs import log_bug
+from kms.service.event import Event
+from kms.service.handlers import Handlers
+from kms.service.served import Observer, Peer, Served, UsageCounter, bounded_name
+from kms.wire.messages import ErrorReply, Reply, Request, UndecodableRequestError, decode_request, encode
 
 log: Final = logging.getLogger("kms.audit")
 
@@ -58,69 +44,6 @@ Later = Callable[[], Awaitable[bytes]]
 
 class Rejection(bytes):
     """A reply to somebody who has not shown to be anybody: no right token, or no request that could say whose it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class SharedToken:
-    """One of the two tokens that a team shares: its digest, who its holder is, and what all others are told."""
-
-    digest: bytes
-    principal: Principal
-    refusal: str
-
-
-class Authenticator:
-    """Knows the two shared tokens by their SHA-256 digests only."""
-
-    def __init__(self, api_token: Secret, admin_token: Secret) -> None:
-        """The tokens are not kept; the caller should wipe them."""
-        self.api = SharedToken(_digest(api_token), Principal("api"), "invalid API token")
-        self.admin = SharedToken(_digest(admin_token), Principal("admin"), "invalid admin token")
-
-    def authenticate(self, plane: Plane, token: str, peer: Peer) -> Principal:
-        """Who may be served on `plane`, by `token` or by what is known of `peer`; raises `AuthFailedError`."""
-        shared = self.api if plane is _DATA else self.admin
-        if compare_digest(presented_digest(token), shared.digest):
-            return shared.principal
-        raise AuthFailedError(shared.refusal)
-
-
-def _digest(token: Secret) -> bytes:
-    with token.view() as view:
-        return sha256(view).digest()
-
-
-def presented_digest(token: str) -> bytes:
-    """The SHA-256 of a token that somebody shows; empty for one with a lone surrogate, which no token has."""
-    try:
-        return sha256(token.encode("utf-8")).digest()
-    except UnicodeEncodeError:
-        return b""
-
-
-def authorize(policy: KeyAuthorizationPolicy, principal: Principal, request: Any) -> None:
-    """Ask `policy` once for each operation and group that `request` needs; raises `UnauthorizedError`.
-
-    ReEncrypt needs DECRYPT on the group the blob names and RE_ENCRYPT on the destination. A blob that names no group
-    raises `DecryptionFailedError`, as it would when opened.
-    """
-    kind = type(request)
-    group: str | None
-    if kind is Encrypt or kind is GenerateDataKey:
-        group, aad = group_of(request.key_id), request.aad or b""
-    elif kind is Decrypt:
-        group, aad = ciphertext.group(request.ciphertext), request.aad or b""
-    elif kind is ReEncrypt:
-        group, aad = group_of(request.key_id), request.aad or b""
-        if not policy.allows(principal, Operation.DECRYPT, ciphertext.group(request.ciphertext), aad):
-            raise UnauthorizedError(_FORBIDDEN)
-    else:
-        group, aad = getattr(request, "key_id", None), b""
-    if not policy.allows(principal, request.operation, group, aad):
-        raise UnauthorizedError(_FORBIDDEN)
-
-
-_FORBIDDEN: Final = "the policy does not allow this operation on this key group"
 
 
 class RequestPipeline:
@@ -333,16 +256,6 @@ class _Caller:
         if principal is None:
             return []
         return [group for group in groups if allows(principal, operation, group.key_id, b"")]
-
-
-def log_bug(what: str, error: BaseException) -> None:
-    """Log where `error` was raised and its kind, never its text: that could quote a request."""
-    if isinstance(error, BaseExceptionGroup):
-        for part in error.exceptions:
-            log_bug(what, part)
-        return
-    where = "".join(traceback.format_tb(error.__traceback__))
-    logging.getLogger(__name__).error("%s: %s\n%s", what, type(error).__name__, where)
 
 
 def _record(served: Served) -> None:

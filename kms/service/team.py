@@ -12,14 +12,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from hmac import compare_digest
+from pathlib import Path
 from typing import Final, NamedTuple
 
 from kms.core.policy import AllowAll, GrantPolicy, KeyAuthorizationPolicy, Plane, Principal
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
-from kms.server.config import ServerConfig
-from kms.server.middleware import Authenticator, SharedToken, presented_digest
-from kms.server.principals import Principals, load
-from kms.server.served import Peer
+from kms.service.authentication import Authenticator, SharedToken, presented_digest
+from kms.service.principals import Principals, load
+from kms.service.served import Peer
 
 _DATA: Final = Plane.DATA
 
@@ -92,21 +92,31 @@ class Access(NamedTuple):
     is_from_file: bool
 
 
-def load_access(config: ServerConfig, shared: Authenticator, clock: Clock, *, needs_file: bool = False) -> Access:
-    """What `config` says decides on requests: its file of principals, or without one the shared tokens alone. Blocking.
+class AccessSource:
+    """Where what decides on requests comes from: a file of principals beside the two shared tokens, or they alone."""
 
-    Raises what `principals.load` raises; a file that is not there is an error when it was named, or with `needs_file`.
-    """
-    try:
-        principals = load(config.principals)
-    except InputMissingError:
-        if config.principals_named or needs_file:
-            raise
-        return Access(shared, AllowAll(), f"no principals: there is no {config.principals}", is_from_file=False)
-    authenticator = TeamAuthenticator(shared, principals, clock)
-    policy = GrantPolicy(
-        {name: member.grants for name, member in principals.members.items()},
-        trusted=(shared.api.principal.name, shared.admin.principal.name),
-    )
-    origin = f"principals from {config.principals}: {len(principals.members)}"
-    return Access(authenticator, policy, origin, is_from_file=True)
+    def __init__(self, path: Path, shared: Authenticator, clock: Clock, *, is_needed: bool) -> None:
+        """`is_needed` says that the file has to exist."""
+        self._path = path
+        self._shared = shared
+        self._clock = clock
+        self._is_needed = is_needed
+
+    def load(self, *, needs_file: bool = False) -> Access:
+        """What decides from now on. Blocking.
+
+        Raises what `principals.load` raises; a file that is not there is an error where it is needed, or with `needs_file`.
+        """
+        path, shared = self._path, self._shared
+        try:
+            principals = load(path)
+        except InputMissingError:
+            if self._is_needed or needs_file:
+                raise
+            return Access(shared, AllowAll(), f"no principals: there is no {path}", is_from_file=False)
+        authenticator = TeamAuthenticator(shared, principals, self._clock)
+        policy = GrantPolicy(
+            {name: member.grants for name, member in principals.members.items()},
+            trusted=(shared.api.principal.name, shared.admin.principal.name),
+        )
+        return Access(authenticator, policy, f"principals from {path}: {len(principals.members)}", is_from_file=True)

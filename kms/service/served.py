@@ -8,22 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from msgspec import Struct
 
 from kms.core.policy import Principal
 from kms.errors import WireError
+from kms.host.peer import Credentials
 from kms.limits import MAX_GROUP_NAME_BYTES
 from kms.wire.messages import Reply, Request
-
-
-class Credentials(NamedTuple):
-    """The process that connected, as the kernel vouches for it (unix(7), SO_PEERCRED); the gid is its primary group's."""
-
-    pid: int
-    uid: int
-    gid: int
 
 
 @dataclass(frozen=True, slots=True)

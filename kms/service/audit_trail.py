@@ -18,9 +18,9 @@ from kms.core import ciphertext
 from kms.core.audit import OperationRecord
 from kms.core.policy import Operation, Plane, Principal
 from kms.errors import DecryptionFailedError, UnavailableError
-from kms.server.config import DataAudit
-from kms.server.handlers import group_of
-from kms.server.served import Peer, Served, bounded_name
+from kms.service.audit_settings import DataAudit
+from kms.service.handlers import group_of
+from kms.service.served import Peer, Served, bounded_name
 from kms.wire.messages import (
     CiphertextReply,
     CreateKeyGroup,
@@ -51,7 +51,7 @@ _CONTROL: Final = Plane.CONTROL
 
 
 class Log(Protocol):
-    """The file; see `kms.keystore.audit_log.AuditLog`."""
+    """The file; see `kms.storage.audit_log.AuditLog`."""
 
     @property
     def is_failing(self) -> bool:

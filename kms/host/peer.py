@@ -1,0 +1,23 @@
+"""Who is at the other end of a Unix socket."""
+
+from __future__ import annotations
+
+import socket
+import struct
+from typing import Final, NamedTuple
+
+_UCRED: Final = struct.Struct("=iII")
+"""struct ucred of unix(7)."""
+
+
+class Credentials(NamedTuple):
+    """The process that connected, as the kernel vouches for it (unix(7), SO_PEERCRED); the gid is its primary group's."""
+
+    pid: int
+    uid: int
+    gid: int
+
+
+def credentials_of(sock: socket.socket) -> Credentials:
+    """Whose process connected the Unix socket `sock`. Raises `OSError` where the kernel does not say."""
+    return Credentials._make(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))

@@ -1,0 +1,89 @@
+"""All connections together: accepted, numbered, capped, and drained as one."""
+
+from __future__ import annotations
+
+import itertools
+import socket
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import trio
+
+from kms.host.peer import credentials_of
+from kms.server.connection import Connection, ConnectionBounds, Session
+from kms.server.listeners import Door
+from kms.server.outbox import Outbox
+from kms.service.bugs import log_bug
+from kms.service.served import Peer
+
+
+@dataclass
+class Crowd:
+    """The connections that are open, over all listeners."""
+
+    session: Callable[[Peer], Session]
+    bounds: ConnectionBounds
+    outbox: Outbox
+    max_connections: int
+    open: Counter[str] = field(default_factory=Counter)
+    """How many are served now, by transport."""
+    accepted: Counter[str] = field(default_factory=Counter)
+    refused: Counter[str] = field(default_factory=Counter)
+    """How many there were too many."""
+    _open: set[Connection] = field(default_factory=set)
+    _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
+    _draining: bool = False
+
+    async def accept(self, door: Door, connections: trio.Nursery) -> None:
+        """Serve whoever comes in by `door`, each in a task of `connections`, until cancelled."""
+
+        async def serve(stream: trio.SocketStream) -> None:
+            # The connection works on the bare socket; the stream around it is let go.
+            sock = socket.socket(fileno=stream.socket.detach())
+            sock.settimeout(0)
+            await self.serve(sock, door.transport)
+
+        # It pauses on EMFILE and goes on, which is what a server that ran out of descriptors has to do.
+        await trio.serve_listeners(serve, [door.listener], handler_nursery=connections)
+
+    async def serve(self, sock: socket.socket, transport: str) -> None:
+        """Serve one accepted socket, or close it at once when there are too many. A failure ends here."""
+        with sock:
+            if self._draining:
+                return
+            if len(self._open) >= self.max_connections:
+                self.refused[transport] += 1
+                return
+            self.accepted[transport] += 1
+            self.open[transport] += 1
+            try:
+                peer = peer_of(sock, next(self._numbers), transport)
+                await self._serve(Connection(sock, self.session(peer), self.bounds, self.outbox))
+            except* Exception as errors:
+                log_bug("a connection failed", errors)
+            finally:
+                self.open[transport] -= 1
+
+    async def _serve(self, connection: Connection) -> None:
+        self._open.add(connection)
+        try:
+            await connection.serve()
+        finally:
+            self._open.discard(connection)
+
+    def drain(self) -> None:
+        """Let each connection finish what it is at, and take no more."""
+        self._draining = True
+        for connection in self._open:
+            connection.drain()
+
+
+def peer_of(sock: socket.socket, number: int, transport: str) -> Peer:
+    """Who connected `sock`: which process over a Unix socket; over TCP, where the kernel does not tell, from which port."""
+    if sock.family != socket.AF_UNIX:
+        try:
+            return Peer(number, transport, port=sock.getpeername()[1])
+        except OSError:
+            return Peer(number, transport)  # it has gone already
+    return Peer(number, transport, credentials_of(sock))

@@ -1,0 +1,1 @@
+"""What serves a request. It knows no socket: see `kms.server` for what listens."""

@@ -1,0 +1,148 @@
+"""A server without a socket or a file: the pipeline over a keyring in memory."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import os
+from base64 import b64encode
+from collections.abc import Awaitable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from kms.core.envelope import EnvelopeKey
+from kms.core.keyring import (
+    EMPTY,
+    Command,
+    CreateGroup,
+    DestroyVersion,
+    DisableVersion,
+    EnableVersion,
+    KeyGroup,
+    NewKek,
+    RotateGroup,
+    apply,
+)
+from kms.core.policy import AllowAll, KeyAuthorizationPolicy, Operation, Principal
+from kms.core.provider import Permit
+from kms.core.secret import Secret
+from kms.host.entropy import random_key
+from kms.service.authentication import Authenticator
+from kms.service.handlers import Handlers
+from kms.service.local_provider import LocalMasterKeyProvider
+from kms.service.pipeline import RequestPipeline
+from kms.service.served import Peer, Served
+from kms.service.trials import Trials
+from kms.service.usage import Usage
+
+API, ADMIN = "api-token-canary", "admin-token-canary"
+PEER = Peer(3, "unix")
+
+
+def mint(group: str, version: int) -> NewKek:
+    with random_key() as key:
+        return NewKek(EnvelopeKey(key), b"wrapped")
+
+
+class Manager:
+    """A `KeyringManager` in memory: another implementation of the seam, as one with etcd behind it would be."""
+
+    def __init__(self) -> None:
+        self.current = apply(EMPTY, CreateGroup("default"), now=1, mint=mint)
+        self.fault: Exception | None = None
+
+    def _apply(self, command: Command) -> KeyGroup:
+        if self.fault is not None:
+            raise self.fault
+        self.current = apply(self.current, command, now=2, mint=mint)
+        return self.current.groups[command.group]
+
+    async def create_group(self, group: str, permit: Permit) -> KeyGroup:
+        permit()
+        return self._apply(CreateGroup(group))
+
+    async def rotate_group(self, group: str, permit: Permit) -> KeyGroup:
+        permit()
+        return self._apply(RotateGroup(group))
+
+    async def disable_version(self, group: str, version: int, permit: Permit, *, for_a_time: bool = False) -> KeyGroup:
+        permit()
+        return self._apply(DisableVersion(group, version, for_a_time))
+
+    async def enable_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        permit()
+        return self._apply(EnableVersion(group, version))
+
+    async def destroy_version(self, group: str, version: int, permit: Permit) -> KeyGroup:
+        permit()
+        return self._apply(DestroyVersion(group, version))
+
+    def list_groups(self) -> Sequence[KeyGroup]:
+        if self.fault is not None:
+            raise self.fault
+        return tuple(self.current.groups.values())
+
+    def find_group(self, group: str) -> KeyGroup | None:
+        return self.current.groups.get(group)
+
+    async def run(self) -> None:
+        """Nothing waits."""
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+
+class Server:
+    """The pipeline as a function from object to object."""
+
+    def __init__(self, policy: KeyAuthorizationPolicy | None = None) -> None:
+        self.manager = Manager()
+        provider = LocalMasterKeyProvider(self.manager)
+        self.usage = Usage(self.manager.current, None, Path("/nowhere/usage"), lambda: 1000.5)
+        trials = Trials(self.manager, self.usage, unrecorded)
+        handlers = Handlers(provider, trials, trials, new_data_key=lambda: os.urandom(32))
+        authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
+        self.seen: list[Served] = []
+        self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll(), [self.seen.append])
+
+    def line(self, line: bytes, peer: Peer = PEER) -> dict[str, Any]:
+        answer = self.pipeline.session(peer).serve(line)
+        if not isinstance(answer, bytes):
+            answer = finish(answer())
+        reply: dict[str, Any] = json.loads(answer)
+        return reply
+
+    def ask(self, kind: str, token: str = API, **fields: Any) -> dict[str, Any]:
+        return self.line(json.dumps({"type": kind, "token": token, **fields}).encode())
+
+    def admin(self, kind: str, **fields: Any) -> dict[str, Any]:
+        return self.ask(kind, ADMIN, **fields)
+
+
+async def unrecorded() -> None:
+    """In the place of an audit log that is made durable."""
+
+
+def finish(answer: Awaitable[bytes]) -> bytes:
+    assert inspect.iscoroutine(answer)
+    with pytest.raises(StopIteration) as stop:
+        answer.send(None)
+    value = stop.value.value
+    assert isinstance(value, bytes)
+    return value
+
+
+def text(data: bytes) -> str:
+    return b64encode(data).decode()
+
+
+class Only:
+    """Allows just what it is told."""
+
+    def __init__(self, *allowed: tuple[Operation, str | None]) -> None:
+        self.allowed = allowed
+
+    def allows(self, principal: Principal, operation: Operation, group: str | None, aad: bytes) -> bool:
+        return (operation, group) in self.allowed
