@@ -1,0 +1,1 @@
+"""What earlier releases wrote. Nobody edits these files: every release has to open all of it."""
