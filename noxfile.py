@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 import shutil
 import subprocess
 from itertools import chain
@@ -16,7 +17,7 @@ PROJECT = nox.project.load_toml("pyproject.toml")
 DEVELOPMENT = Path(".dev")
 UNIT_TESTS = ("pytest", "--ignore-glob=kms_tests/*/*")
 """What lies in the directories under kms_tests/ drives real programs or takes long, and has sessions of its own."""
-INTEGRATION_TESTS = ("pytest", "kms_tests/integration")
+INTEGRATION_TESTS = ("pytest", "kms_tests/integration", "kms_tests/transcripts")
 FUZZ_VERSIONS = ("3.13", "3.12", "3.11")
 """Where atheris has wheels; elsewhere it takes a clang with libFuzzer to build."""
 
@@ -150,7 +151,7 @@ def serve(session: nox.Session) -> None:
         "MINIKMS_UNIX_SOCKET": str(DEVELOPMENT / "kms.sock"),
         "MINIKMS_TCP_PORT": "9123",
         # What else has its place in the data directory, such as a file of principals, is not to come from the real one.
-        "XDG_DATA_HOME": str(DEVELOPMENT),
+        "XDG_DATA_HOME": str(DEVELOPMENT.absolute()),
         "MINIKMS_PRINCIPALS": None,
         "MINIKMS_UNIX_SOCKET_GROUP": None,
         "MINIKMS_METRICS_PORT": None,
@@ -162,7 +163,9 @@ def serve(session: nox.Session) -> None:
     _make_private(DEVELOPMENT, DEVELOPMENT / "passphrase")
     if not (DEVELOPMENT / "keystore.json").exists():
         session.run("kms-admin", "init", env=places, silent=True)
-    print(_lines_to_paste(os.path.relpath(session.bin, ROOT)), flush=True)
+    programs = Path(session.bin).absolute()
+    (DEVELOPMENT / "env").write_text(_environment(programs, places), encoding="utf-8")
+    print(_LINES_TO_PASTE, flush=True)
     # Longer than the server's own 5 seconds of grace: nox would kill it 0.3 seconds after a Ctrl-C.
     session.run("kms-server", *session.posargs, env=places, interrupt_timeout=8)
 
@@ -176,17 +179,21 @@ def _make_private(directory: Path, passphrase: Path) -> None:
             file.write(secrets.token_urlsafe(32) + "\n")
 
 
-def _lines_to_paste(programs: str) -> str:
-    client = f"{programs}/kms-client --unix .dev/kms.sock --token-file .dev/api.token"
-    tcp_client = f"{programs}/kms-client --tcp 127.0.0.1:9123 --token-file .dev/api.token"
-    admin = f"{programs}/kms-admin --unix .dev/kms.sock --admin-token-file .dev/admin.token"
-    return f"""
-Paste these into a second terminal, in this directory. Ctrl-C here stops the server.
+def _environment(programs: Path, places: dict[str, str | None]) -> str:
+    """What `. .dev/env` does in a shell: the server's programs come first, and find it, its tokens and its files."""
+    data = DEVELOPMENT / "mini-kms"
+    found = places | {"MINIKMS_PRINCIPALS": str(data / "principals.toml"), "MINIKMS_AUDIT_LOG": str(data / "audit.log")}
+    lines = [f"export PATH={shlex.quote(str(programs))}:$PATH"]
+    for name, value in found.items():
+        if name.startswith("MINIKMS_"):
+            lines.append(f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}")
+    return "\n".join((*lines, ""))
 
-{client} health
-{tcp_client} encrypt-file --in README.rst --out .dev/README.mke
-{tcp_client} decrypt-file --in .dev/README.mke --out .dev/README.back
-{admin} list-keys
+
+_LINES_TO_PASTE = """
+In a second terminal, in this directory:  . .dev/env
+Then the programs find this server:       kms-client health
+Ctrl-C here stops it.
 """
 
 
@@ -226,6 +233,43 @@ def vectors(session: nox.Session) -> None:
     """Known answers of NIST and the RFCs, and the formats against an independent reader and writer."""
     install(session, "vectors")
     session.run("pytest", "kms_tests/vectors", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """These pages as HTML, in build/docs; and the manual pages, which have to be committed in docs/man as they come out."""
+    install(session, "docs")
+    built = Path("build", "docs")
+    for builder in ("html", "man"):
+        session.run(
+            "sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", str(built / builder), *session.posargs
+        )
+    session.log(f"open {built / 'html' / 'index.html'}")
+    _renew_man_pages(session, built / "man", Path("docs", "man"))
+
+
+def _renew_man_pages(session: nox.Session, built: Path, committed: Path) -> None:
+    new = {path.name: path.read_bytes() for path in built.glob("*.1")}
+    old = {path.name: path.read_bytes() for path in committed.glob("*.1")}
+    if new == old:
+        return
+    committed.mkdir(exist_ok=True)
+    for name in old.keys() - new.keys():
+        (committed / name).unlink()
+    for name, content in new.items():
+        (committed / name).write_bytes(content)
+    session.error(f"{committed} was not as the pages say; now it is: commit it")
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Wheel and sdist, made into dist/, looked through and tried."""
+    install(session, "package")
+    shutil.rmtree("dist", ignore_errors=True)
+    # The wheel is made from the sdist, so that shows whether the sdist has all it takes.
+    session.run("python", "-m", "build", "--outdir", "dist")
+    session.run("twine", "check", "--strict", *[str(path) for path in sorted(Path("dist").iterdir())])
+    session.run("pytest", "kms_tests/package", *session.posargs)
 
 
 @nox.session

@@ -1,4 +1,4 @@
-"""`kms-client`, in process against a client that needs no server; and every exit status that the README lists."""
+"""`kms-client`, in process against a client that needs no server; and every exit status that the pages list."""
 
 from __future__ import annotations
 

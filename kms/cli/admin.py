@@ -506,7 +506,7 @@ def _show_group(settings: Settings, group: KeyGroupView, done: str) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `kms-admin` and return its exit status (the README lists them)."""
+    """Run `kms-admin` and return its exit status (docs/commands/exit-status.inc lists them)."""
     forbid_dumps()
     with stop_signals_raise():
         return run(command, PROGRAM, arguments)

@@ -266,7 +266,7 @@ def _base64(data: bytes | bytearray | memoryview) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `kms-client` and return its exit status (the README lists them)."""
+    """Run `kms-client` and return its exit status (docs/commands/exit-status.inc lists them)."""
     forbid_dumps()
     with stop_signals_raise():
         return run(command, PROGRAM, arguments)

@@ -141,7 +141,7 @@ def _digest(token: Secret) -> bytes:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `kms-server` and return its exit status (the README lists them)."""
+    """Run `kms-server` and return its exit status (docs/commands/exit-status.inc lists them)."""
     forbid_dumps()
     voice = Voice(PROGRAM)
     return run(command, PROGRAM, arguments, obj=voice, error_line=partial(voice.line, logging.ERROR))

@@ -63,9 +63,9 @@ def test_every_line_of_a_servers_life_is_one_JSON_object(machine: Machine) -> No
         (5, None, None, None, None, "InvalidRequest", None),
     ]
     assert len({event["connection"] for event in audited}) == 1
-    readme = (ROOT / "README.rst").read_text(encoding="utf-8").splitlines()
-    shown = json.loads(next(line for line in readme if line.lstrip().startswith('{"time"')))
-    assert list(shown) == list(audited[0]), "the README shows another line"
+    page = (ROOT / "docs" / "logs.rst").read_text(encoding="utf-8").splitlines()
+    shown = json.loads(next(line for line in page if line.lstrip().startswith('{"time"')))
+    assert list(shown) == list(audited[0]), "the page shows another line"
     assert {event["transport"] for event in audited} == {"unix"}
     assert max(map(len, server.stderr.splitlines())) < 5000
 

@@ -1,4 +1,4 @@
-"""The exchanges shown in the README, held against a server."""
+"""What the pages show, held against the real programs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,16 @@ CONTROL = {
 }
 
 
+def page(name: str) -> str:
+    """The text of the page of this name."""
+    return (ROOT / "docs" / f"{name}.rst").read_text(encoding="utf-8")
+
+
 def exchanges() -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """The requests of the README, each with the reply shown after it."""
+    """The requests of the page about the protocol, each with the reply shown after it."""
     pairs: list[tuple[dict[str, Any], dict[str, Any]]] = []
     request: dict[str, Any] | None = None
-    for line in (ROOT / "README.rst").read_text(encoding="utf-8").splitlines():
+    for line in page("wire-protocol").splitlines():
         text = line.strip()
         if text.startswith("→ {"):
             assert request is None, f"no reply is shown for {request}"
@@ -57,7 +62,7 @@ def matches(shown: Any, real: Any) -> bool:
 
 
 def filled(request: dict[str, Any], machine: Machine, ciphertext: str | None) -> dict[str, Any]:
-    """`request` with what the README leaves out."""
+    """`request` with what the page leaves out."""
     real = dict(request)
     token = real.get("token")
     if token == ANY:
@@ -74,9 +79,9 @@ def filled(request: dict[str, Any], machine: Machine, ciphertext: str | None) ->
     return real
 
 
-def test_the_exchanges_of_the_readme_happen_as_they_are_shown(machine: Machine, server: Server) -> None:
+def test_the_exchanges_of_the_protocol_happen_as_they_are_shown(machine: Machine, server: Server) -> None:
     shown = exchanges()
-    assert shown, "the README shows no exchange"
+    assert shown, "the page shows no exchange"
     ciphertext: str | None = None
     with server.unix() as wire:
         for request, expected in shown:
@@ -85,21 +90,18 @@ def test_the_exchanges_of_the_readme_happen_as_they_are_shown(machine: Machine, 
             ciphertext = reply.get("ciphertext") or reply.get("wrappedDataKey") or ciphertext
 
 
-def blocks_after(heading: str, opening: str) -> list[str]:
-    """The indented blocks that follow a line `opening` in the chapter of this heading, without their indent."""
-    chapter = (ROOT / "README.rst").read_text(encoding="utf-8").partition(f"\n{heading}\n---")[2]
-    chapter = re.split(r"\n\n\n", chapter)[0]
-    return [
-        dedent(found) for found in re.findall(rf"^{re.escape(opening)}\n\n((?:(?: {{4}}.*)?\n)+)", chapter, re.MULTILINE)
-    ]
+def blocks(name: str, opening: str) -> list[str]:
+    """The indented blocks that follow a line `opening` on the page of this name, without their indent."""
+    found = re.findall(rf"^{re.escape(opening)}\n\n((?:(?: {{4}}.*)?\n)+)", page(name), re.MULTILINE)
+    return [dedent(block) for block in found]
 
 
-def test_the_file_of_principals_of_the_readme_is_explained_as_it_is_shown(machine: Machine) -> None:
-    (shown,) = blocks_after("For a team", ".. code:: toml")
+def test_the_file_of_principals_is_explained_as_it_is_shown(machine: Machine) -> None:
+    (shown,) = blocks("team", ".. code:: toml")
     path = machine.data / "principals.toml"
     path.write_text(shown, encoding="utf-8")
     path.chmod(0o600)
-    lines = [line for block in blocks_after("For a team", "::") for line in block.splitlines()]
+    lines = [line for block in blocks("team", "::") for line in block.splitlines()]
     questions = [number for number, line in enumerate(lines) if line.startswith("$ kms-admin explain")]
     assert len(questions) == 2
     for number in questions:
@@ -109,8 +111,8 @@ def test_the_file_of_principals_of_the_readme_is_explained_as_it_is_shown(machin
     assert machine.start().stop() == 0
 
 
-def test_the_metrics_are_those_that_the_readme_shows(machine: Machine) -> None:
-    (shown,) = blocks_after("Watching it", "::")
+def test_the_metrics_are_those_that_are_shown(machine: Machine) -> None:
+    (shown,) = blocks("metrics", "::")
     command, _, expected = shown.partition("curl ")[2].partition("\n")
     pattern = shlex.split(command)[-1]
     server = machine.start("--metrics-port", "0")
@@ -126,8 +128,8 @@ def test_the_metrics_are_those_that_the_readme_shows(machine: Machine) -> None:
     assert "".join(f"{line}\n" for line in lines if re.search(pattern, line)) == expected.rstrip() + "\n"
 
 
-def test_what_the_readme_shows_of_new_token_is_what_it_says(machine: Machine) -> None:
-    lines = [line for block in blocks_after("For a team", "::") for line in block.splitlines()]
+def test_what_is_shown_of_new_token_is_what_it_says(machine: Machine) -> None:
+    lines = [line for block in blocks("team", "::") for line in block.splitlines()]
     number = lines.index("$ kms-admin new-token billing > billing.token")
     made = machine.admin("new-token", "billing")
     digest = re.compile(r"[0-9a-f]{64}")
