@@ -26,6 +26,11 @@ SHARED = {
 }
 
 
+def run(*command: str | Path, cwd: Path = ROOT) -> str:
+    """What `command` prints; it has to succeed."""
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+
 def only(pattern: str) -> Path:
     (path,) = (ROOT / "dist").glob(pattern)
     return path
@@ -49,15 +54,13 @@ def metadata() -> Message:
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An environment that has the wheel and what it needs, and knows nothing of this checkout."""
     place = tmp_path_factory.mktemp("installed")
-    subprocess.run([sys.executable, "-m", "venv", place], check=True)
-    command = [place / "bin" / "python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check", only("*.whl")]
-    subprocess.run(command, check=True)
+    run(sys.executable, "-m", "venv", place)
+    run(place / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", only("*.whl"))
     return place
 
 
 def tracked() -> set[str]:
-    done = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True)
-    return set(done.stdout.splitlines())
+    return set(run("git", "ls-files").splitlines())
 
 
 def test_the_wheel_has_the_package_and_what_its_users_need_and_nothing_else(wheel: list[str]) -> None:
@@ -94,16 +97,12 @@ def test_the_metadata_says_where_the_project_is(metadata: Message) -> None:
 
 @pytest.mark.parametrize("program", ["kms-admin", "kms-client", "kms-server"])
 def test_an_installed_program_runs_and_has_its_manual_page_beside_it(installed: Path, program: str) -> None:
-    command = [installed / "bin" / program, "--version"]
-    done = subprocess.run(command, cwd=installed, capture_output=True, text=True, check=True)
-    assert re.fullmatch(rf"{program} \d+\.\d+\.\d+\n", done.stdout)
+    assert re.fullmatch(rf"{program} \d+\.\d+\.\d+\n", run(installed / "bin" / program, "--version", cwd=installed))
     assert (installed / "share" / "man" / "man1" / f"{program}.1").is_file()
 
 
 def test_an_installed_library_is_typed_and_comes_from_where_it_was_installed(installed: Path) -> None:
     program = "import kms, pathlib; print(pathlib.Path(kms.__file__).with_name('py.typed'))"
-    command = [installed / "bin" / "python", "-I", "-c", program]
-    done = subprocess.run(command, cwd=installed, capture_output=True, text=True, check=True)
-    path = Path(done.stdout.strip())
+    path = Path(run(installed / "bin" / "python", "-I", "-c", program, cwd=installed).strip())
     assert path.is_file()
     assert path.is_relative_to(installed)
