@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import socket
@@ -247,6 +248,16 @@ class Machine:
         path = self.root / name
         path.write_bytes(content)
         return path
+
+    def path(self) -> str:
+        """A PATH on which the three programs come first, as scripts that run this checkout's code."""
+        programs = self.root / "bin"
+        programs.mkdir(exist_ok=True)
+        for name in ("client", "admin", "server"):
+            script = programs / f"kms-{name}"
+            script.write_text(f'#!/bin/sh\nexec {shlex.join(program(name))} "$@"\n', encoding="utf-8")
+            script.chmod(0o755)
+        return f"{programs}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
 
     def changed(self, environment: Mapping[str, str | None] | None) -> dict[str, str]:
         """This machine's environment with some variables changed, or (None) removed."""
