@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -44,10 +45,10 @@ def options_of(command: click.Command) -> set[str]:
 def test_a_manual_page_has_each_option_of_each_command_and_no_other(program: str) -> None:
     shown: dict[str, set[str]] = {program: set()}
     current = program
-    for line in page(f"commands/{program}.rst").splitlines():
-        if found := re.match(r"\.\. program:: (.+)", line):
-            current = found[1]
-        elif found := re.match(r"\.\. option:: (--\S+)", line):
+    for line, below in itertools.pairwise(page(f"commands/{program}.rst").splitlines()):
+        if below.startswith("~~~"):
+            current = f"{program} {line}"
+        elif found := re.match(r"``(--[a-z-]+)", line):
             shown.setdefault(current, set()).add(found[1])
     there = {name: options_of(command) for name, command in commands_of(program).items()}
     there[program] |= {"--help"}
@@ -121,4 +122,4 @@ def test_what_the_readme_links_to_is_there() -> None:
 def test_each_example_is_on_the_page_of_examples() -> None:
     programs = {path.name for path in (DOCS / "examples").iterdir() if path.suffix in (".py", ".sh")}
     text = page("examples/index.rst")
-    assert programs == set(re.findall(r"literalinclude:: (\S+)", text)) == set(re.findall(r":download:`(\S+)`", text))
+    assert programs == set(re.findall(r"literalinclude:: (\S+)", text)) == set(re.findall(r"`(\S+) <\1>`__", text))

@@ -1,7 +1,7 @@
 """Rotate a key group, move everything that is encrypted under it, and take the old version out of use.
 
-The plaintexts stay in the server. Each ciphertext is replaced on its own, so this can be interrupted and run again at any
-time: what has been moved opens, and so does what has not.
+The plaintexts stay in the server. Each ciphertext is replaced on its own, so moving them can be interrupted and begun again
+at any time: what has been moved opens, and so does what has not.
 
 Prints:
 
