@@ -374,7 +374,8 @@ def families(exposed: set[str]) -> set[str]:
 
 
 def test_every_metric_is_documented_and_every_documented_one_exists(exposed: set[str]) -> None:
-    documented = used((ROOT / "docs" / "metrics.rst").read_text(encoding="utf-8"))
+    # From the list on: the command at the beginning names only what many names begin with.
+    documented = used((ROOT / "docs" / "metrics.rst").read_text(encoding="utf-8").partition("\nWhat there is\n")[2])
     assert families(documented) == families(exposed)
     assert documented <= exposed | families(exposed)
 
