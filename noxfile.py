@@ -143,7 +143,8 @@ def serve(session: nox.Session) -> None:
     session.install("-e", ".")
     # Relative, since a Unix socket's path may not be longer than 107 bytes and a checkout may lie deep.
     os.chdir(ROOT)
-    places = {
+    # A setting or a secret of the user's own is not to get in here.
+    places = dict.fromkeys(name for name in os.environ if name.startswith("MINIKMS_")) | {
         "MINIKMS_KEYSTORE": str(DEVELOPMENT / "keystore.json"),
         "MINIKMS_API_TOKEN_FILE": str(DEVELOPMENT / "api.token"),
         "MINIKMS_ADMIN_TOKEN_FILE": str(DEVELOPMENT / "admin.token"),
@@ -152,13 +153,6 @@ def serve(session: nox.Session) -> None:
         "MINIKMS_TCP_PORT": "9123",
         # What else has its place in the data directory, such as a file of principals, is not to come from the real one.
         "XDG_DATA_HOME": str(DEVELOPMENT.absolute()),
-        "MINIKMS_PRINCIPALS": None,
-        "MINIKMS_UNIX_SOCKET_GROUP": None,
-        "MINIKMS_METRICS_PORT": None,
-        # A value in the environment would win over the files.
-        "MINIKMS_API_TOKEN": None,
-        "MINIKMS_ADMIN_TOKEN": None,
-        "MINIKMS_PASSPHRASE": None,
     }
     _make_private(DEVELOPMENT, DEVELOPMENT / "passphrase")
     if not (DEVELOPMENT / "keystore.json").exists():
@@ -183,10 +177,12 @@ def _environment(programs: Path, places: dict[str, str | None]) -> str:
     """What `. .dev/env` does in a shell: the server's programs come first, and find it, its tokens and its files."""
     data = DEVELOPMENT / "mini-kms"
     found = places | {"MINIKMS_PRINCIPALS": str(data / "principals.toml"), "MINIKMS_AUDIT_LOG": str(data / "audit.log")}
-    lines = [f"export PATH={shlex.quote(str(programs))}:$PATH"]
-    for name, value in found.items():
-        if name.startswith("MINIKMS_"):
-            lines.append(f"unset {name}" if value is None else f"export {name}={shlex.quote(value)}")
+    lines = [
+        # Values that would win over these files.
+        "unset MINIKMS_API_TOKEN MINIKMS_ADMIN_TOKEN MINIKMS_PASSPHRASE",
+        f"export PATH={shlex.quote(str(programs))}:$PATH",
+        *[f"export {name}={shlex.quote(path)}" for name, path in found.items() if path and name.startswith("MINIKMS_")],
+    ]
     return "\n".join((*lines, ""))
 
 
@@ -240,6 +236,8 @@ def docs(session: nox.Session) -> None:
     """These pages as HTML, in build/docs; and the manual pages, which have to be committed in docs/man as they come out."""
     install(session, "docs")
     built = Path("build", "docs")
+    # Sphinx reads no page again that has not changed, and so would not warn of it a second time.
+    shutil.rmtree(built, ignore_errors=True)
     for builder in ("html", "man"):
         session.run(
             "sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", str(built / builder), *session.posargs

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 import json
-import os
 from base64 import b64encode
 from collections.abc import Awaitable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import pytest
 
+from kms.core.audit import AuditKeys
 from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import (
     EMPTY,
@@ -21,6 +21,7 @@ from kms.core.keyring import (
     DisableVersion,
     EnableVersion,
     KeyGroup,
+    Keyring,
     NewKek,
     RotateGroup,
     apply,
@@ -29,12 +30,12 @@ from kms.core.policy import AllowAll, KeyAuthorizationPolicy, Operation, Princip
 from kms.core.provider import Permit
 from kms.core.secret import Secret
 from kms.host.entropy import random_key
+from kms.service.audit_keeper import AuditKeeper
+from kms.service.audit_settings import AuditSettings, DataAudit
 from kms.service.authentication import Authenticator
-from kms.service.handlers import Handlers
-from kms.service.local_provider import LocalMasterKeyProvider
-from kms.service.pipeline import RequestPipeline
 from kms.service.served import Peer, Served
-from kms.service.trials import Trials
+from kms.service.service import Service
+from kms.service.team import Access
 from kms.service.usage import Usage
 
 API, ADMIN = "api-token-canary", "admin-token-canary"
@@ -94,18 +95,32 @@ class Manager:
         """Nothing is held."""
 
 
+NO_AUDIT: Final = AuditSettings(
+    Path("/nowhere/audit.log"), DataAudit.ALL, is_off=True, is_always_kept=False, accept_rollback=False
+)
+SHARED: Final = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
+
+
+def usage_of(keyring: Keyring) -> Usage:
+    """Counted from a clock that stands still, and never written to a file."""
+    return Usage(keyring, None, Path("/nowhere/usage"), lambda: 1000.5)
+
+
+def no_audit() -> AuditKeeper:
+    return AuditKeeper(NO_AUDIT, AuditKeys(Secret(bytearray(64))))
+
+
 class Server:
     """The pipeline as a function from object to object."""
 
-    def __init__(self, policy: KeyAuthorizationPolicy | None = None) -> None:
+    def __init__(self, policy: KeyAuthorizationPolicy | None = None, access: Access | None = None) -> None:
+        """Whoever has a shared token may do what `policy` allows, by default everything; or `access` decides."""
+        access = access or Access(SHARED, policy or AllowAll(), "nowhere", is_from_file=False)
         self.manager = Manager()
-        provider = LocalMasterKeyProvider(self.manager)
-        self.usage = Usage(self.manager.current, None, Path("/nowhere/usage"), lambda: 1000.5)
-        trials = Trials(self.manager, self.usage, unrecorded)
-        handlers = Handlers(provider, trials, trials, new_data_key=lambda: os.urandom(32))
-        authenticator = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
+        self.usage = usage_of(self.manager.current)
         self.seen: list[Served] = []
-        self.pipeline = RequestPipeline(handlers, authenticator, policy or AllowAll(), [self.seen.append])
+        self.service = Service(self.manager, no_audit(), self.usage, access, observers=[self.seen.append])
+        self.pipeline = self.service.pipeline
 
     def line(self, line: bytes, peer: Peer = PEER) -> dict[str, Any]:
         answer = self.pipeline.session(peer).serve(line)

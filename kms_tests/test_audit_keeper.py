@@ -1,4 +1,4 @@
-"""The audit log in the daemon: when there is one, how soon it is durable, and what is said when it cannot be written."""
+"""The audit log in a server: when there is one, how soon it is durable, and what is said when it cannot be written."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ async def until(condition: Callable[[], bool]) -> None:
         ({"no_audit": True}, True, False),
     ],
 )
-def test_a_log_is_kept_when_it_is_named_or_there_are_principals(
+def test_a_log_is_kept_when_it_is_always_kept_or_there_are_principals(
     tmp_path: Path, flags: dict[str, object], has_principals: bool, is_kept: bool
 ) -> None:
     data = tmp_path / "mini-kms"

@@ -15,8 +15,8 @@ from kms.core.policy import AllowAll, KeyAuthorizationPolicy
 from kms.errors import InternalError, UnavailableError
 from kms.host.peer import Credentials
 from kms.service.audit_settings import DataAudit
-from kms.service.audit_trail import AuditTrail, Turn
-from kms.service.served import Peer
+from kms.service.audit_trail import AuditTrail
+from kms.service.served import Peer, Turn
 from kms_tests.in_memory import ADMIN, API, PEER, Only, Server, finish, text
 
 TROUBLE = "the audit log cannot be written: no space left"

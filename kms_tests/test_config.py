@@ -50,7 +50,7 @@ def test_a_path_row_takes_flag_over_environment_over_default(flag: str, variable
     assert getattr(resolve({flag: "/flag"}, {**HOME, variable: "/env"}), flag) == Path("/flag")
 
 
-def test_the_file_of_principals_is_in_the_data_directory_and_has_to_exist_only_when_it_is_named() -> None:
+def test_the_file_of_principals_is_in_the_data_directory_and_has_to_exist_only_when_it_is_always_kept() -> None:
     config = resolve({}, HOME)
     assert (config.principals, config.principals_named) == (DATA / "principals.toml", False)
     config = resolve({}, {**HOME, "MINIKMS_PRINCIPALS": "/env"})
@@ -59,13 +59,13 @@ def test_the_file_of_principals_is_in_the_data_directory_and_has_to_exist_only_w
     assert (config.principals, config.principals_named) == (Path("/flag"), True)
 
 
-def test_the_audit_log_is_in_the_data_directory_unless_it_is_named() -> None:
+def test_the_audit_log_is_in_the_data_directory_unless_it_is_always_kept() -> None:
     config = resolve({}, HOME)
-    assert (config.audit.path, config.audit.is_named) == (DATA / "audit.log", False)
+    assert (config.audit.path, config.audit.is_always_kept) == (DATA / "audit.log", False)
     config = resolve({}, {**HOME, "MINIKMS_AUDIT_LOG": "/env"})
-    assert (config.audit.path, config.audit.is_named) == (Path("/env"), True)
+    assert (config.audit.path, config.audit.is_always_kept) == (Path("/env"), True)
     config = resolve({"audit_log": "/flag"}, {**HOME, "MINIKMS_AUDIT_LOG": "/env"})
-    assert (config.audit.path, config.audit.is_named) == (Path("/flag"), True)
+    assert (config.audit.path, config.audit.is_always_kept) == (Path("/flag"), True)
 
 
 def test_metrics_are_off_until_they_have_a_port() -> None:
@@ -88,7 +88,7 @@ def test_metrics_without_what_they_need_are_refused_with_the_way_to_install_it(
     assert resolve({}, HOME).metrics_port is None
 
 
-def test_the_group_of_the_Unix_socket_is_named_and_has_to_exist() -> None:
+def test_the_group_of_the_Unix_socket_is_always_kept_and_has_to_exist() -> None:
     groups = grp.getgrall()[:2]
     assert resolve({}, HOME).unix_socket_gid is None
     environ = {**HOME, "MINIKMS_UNIX_SOCKET_GROUP": groups[0].gr_name}

@@ -17,8 +17,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kms.server.connection import Connection, ConnectionBounds
 from kms.server.outbox import Outbox
-from kms.service.audit_trail import Turn
 from kms.service.pipeline import Later, Rejection
+from kms.service.served import Turn
 
 
 class Echo:

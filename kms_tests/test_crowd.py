@@ -16,9 +16,8 @@ from kms.host.peer import Credentials
 from kms.server.connection import ConnectionBounds
 from kms.server.crowd import Crowd, peer_of
 from kms.server.outbox import Outbox
-from kms.service.audit_trail import Turn
 from kms.service.pipeline import Later
-from kms.service.served import Peer
+from kms.service.served import Peer, Turn
 
 
 async def test_the_kernel_vouches_for_who_connected_over_a_Unix_socket_alone() -> None:
@@ -80,7 +79,7 @@ async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_end
     def refuse(*arguments: object) -> None:
         raise OSError(22, "Invalid argument")
 
-    monkeypatch.setattr("kms.server.crowd.peer_of", refuse)
+    monkeypatch.setattr("kms.server.crowd.credentials_of", refuse)
     crowd = Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
     ours, theirs = socket.socketpair()
     with theirs:

@@ -40,10 +40,10 @@ def as_json(made: logging.LogRecord) -> dict[str, Any]:
 
 
 def test_a_JSON_line_has_when_how_grave_from_where_and_what() -> None:
-    assert as_json(record("reloaded: %s", "principals.toml", name="kms.server.daemon")) == {
+    assert as_json(record("reloaded: %s", "principals.toml", name="kms.server.reload")) == {
         "time": "2027-01-15T08:00:00.000250Z",
         "level": "INFO",
-        "logger": "kms.server.daemon",
+        "logger": "kms.server.reload",
         "message": "reloaded: principals.toml",
     }
 

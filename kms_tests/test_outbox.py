@@ -13,7 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from kms.limits import READ_BYTES
 from kms.server.connection import Connection, ConnectionBounds
 from kms.server.outbox import Outbox
-from kms.service.audit_trail import Turn
+from kms.service.served import Turn
 from kms_tests.test_connection import Echo, read_to_end
 
 BOUNDS = ConnectionBounds(max_frame_bytes=1 << 20, idle_timeout=30, write_timeout=10)

@@ -11,28 +11,22 @@ import pytest
 import trio
 import trio.testing
 
-from kms.core.audit import AuditKeys
 from kms.core.keyring import EMPTY
 from kms.core.policy import Plane, Principal
-from kms.core.secret import Secret
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
 from kms.host.peer import Credentials
 from kms.server.config import resolve
 from kms.server.reload import Reload
 from kms.service.actor import KeyringActor
-from kms.service.audit_keeper import AuditKeeper
-from kms.service.audit_settings import AuditSettings, DataAudit
+from kms.service.audit_settings import DataAudit
 from kms.service.audit_trail import AuditTrail
-from kms.service.authentication import Authenticator
 from kms.service.served import Peer
 from kms.service.service import ServedKeyring, Service
 from kms.service.team import Access, AccessSource, TeamAuthenticator
-from kms.service.usage import Usage
-from kms_tests.in_memory import ADMIN, API, Server, text
+from kms_tests.in_memory import ADMIN, API, SHARED, Server, no_audit, text, usage_of
 from kms_tests.test_actor import Store
 from kms_tests.test_audit_trail import Log
 
-SHARED = Authenticator(Secret(bytearray(API.encode())), Secret(bytearray(ADMIN.encode())))
 TCP = Peer(1, "tcp")
 EXPIRY = 1798761600.0
 """2027-01-01T00:00:00Z."""
@@ -79,27 +73,20 @@ class Clock:
         return self.now
 
 
-NO_AUDIT = AuditSettings(Path("/nowhere/audit.log"), DataAudit.ALL, is_off=True, is_named=False, accept_rollback=False)
-
-
 def service_of(keyring: ServedKeyring, access: Access) -> Service:
-    """Without an audit log."""
-    keeper = AuditKeeper(NO_AUDIT, AuditKeys(Secret(bytearray(64))))
-    return Service(keyring, keeper, Usage(keyring.current, None, Path("/nowhere/usage"), lambda: 7.0), access)
+    return Service(keyring, no_audit(), usage_of(keyring.current), access)
 
 
 class Team(Server):
-    """A pipeline that a file of principals decides for."""
+    """A server for which a file of principals decides."""
 
     def __init__(self, directory: Path, content: str | None = FILE) -> None:
-        super().__init__()
         self.path = directory / "principals.toml"
         self.clock = Clock()
         if content is not None:
             self.write(content)
         self.source = AccessSource(self.path, SHARED, self.clock, is_needed=False)
-        self.service = service_of(self.manager, self.access())
-        self.pipeline = self.service.pipeline
+        super().__init__(access=self.access())
         self.reload = Reload(self.service, self.source)
 
     def access(self) -> Access:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kms.core.ciphertext import Ciphertext
-from kms.core.keyring import KeyGroup, KeyVersion
+from kms.core.keyring import KeyGroup, Keyring, KeyVersion
 from kms.core.usage import VersionUsage
 
 
@@ -24,6 +24,13 @@ class MasterKeyProvider(Protocol):
     def open(self, ciphertext: Ciphertext, aad: bytes) -> bytes:
         """The plaintext; raises `DecryptionFailedError` whatever is wrong."""
         ...
+
+
+class KeyringHolder(Protocol):
+    """Who has the keyring that is in force."""
+
+    @property
+    def current(self) -> Keyring: ...
 
 
 Permit = Callable[[], None]

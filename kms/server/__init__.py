@@ -1,1 +1,1 @@
-"""The daemon, on trio."""
+"""What listens, supervises and moves bytes, on trio."""

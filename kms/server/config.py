@@ -101,7 +101,7 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
             path=audit_log or data / "audit.log",
             data=DataAudit(source.choice("audit_data", tuple(DataAudit))),
             is_off=no_audit,
-            is_named=audit_log is not None,
+            is_always_kept=audit_log is not None,
             accept_rollback=bool(flags.get("accept_rollback")),
         ),
         max_frame_bytes=source.number(

@@ -34,8 +34,8 @@ import trio
 
 from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, MAX_REJECTIONS, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
 from kms.server.outbox import Outbox
-from kms.service.audit_trail import Turn
 from kms.service.pipeline import Later, Rejection
+from kms.service.served import Turn
 from kms.wire.framing import Framer
 
 _LINGER_SECONDS = 1.0

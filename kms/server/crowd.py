@@ -12,7 +12,7 @@ import trio
 
 from kms.host.peer import credentials_of
 from kms.server.connection import Connection, ConnectionBounds, Session
-from kms.server.listeners import Door
+from kms.server.listeners import Endpoint
 from kms.server.outbox import Outbox
 from kms.service.bugs import log_bug
 from kms.service.served import Peer
@@ -35,17 +35,17 @@ class Crowd:
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _draining: bool = False
 
-    async def accept(self, door: Door, connections: trio.Nursery) -> None:
-        """Serve whoever comes in by `door`, each in a task of `connections`, until cancelled."""
+    async def accept(self, endpoint: Endpoint, connections: trio.Nursery) -> None:
+        """Serve whoever comes in by `endpoint`, each in a task of `connections`, until cancelled."""
 
         async def serve(stream: trio.SocketStream) -> None:
             # The connection works on the bare socket; the stream around it is let go.
             sock = socket.socket(fileno=stream.socket.detach())
             sock.settimeout(0)
-            await self.serve(sock, door.transport)
+            await self.serve(sock, endpoint.transport)
 
         # It pauses on EMFILE and goes on, which is what a server that ran out of descriptors has to do.
-        await trio.serve_listeners(serve, [door.listener], handler_nursery=connections)
+        await trio.serve_listeners(serve, [endpoint.listener], handler_nursery=connections)
 
     async def serve(self, sock: socket.socket, transport: str) -> None:
         """Serve one accepted socket, or close it at once when there are too many. A failure ends here."""

@@ -27,7 +27,7 @@ from kms.limits import DRAIN_TIMEOUT
 from kms.server.config import ServerConfig
 from kms.server.connection import ConnectionBounds
 from kms.server.crowd import Crowd
-from kms.server.listeners import Door, listening
+from kms.server.listeners import Endpoint, listening
 from kms.server.outbox import Outbox
 from kms.server.reload import Reload
 from kms.server.service_manager import notify
@@ -86,13 +86,14 @@ async def _main(
         with lock:
             keystore, keyring = await trio.to_thread.run_sync(_unlock, lock, passphrase, parameters, say)
             passphrase.wipe()
-            service = await _service(config, keystore, keyring, access, meters)
             try:
-                await trio.to_thread.run_sync(service.open_audit_log, access)
-                service.admit(access)
-                return await Daemon(config, service, meters, memory, say).serve(signals, Reload(service, source))
+                service = await _service(config, keystore, keyring, access, meters)
+                try:
+                    await service.admit(access)
+                    return await Daemon(config, service, meters, memory, say).serve(signals, Reload(service, source))
+                finally:
+                    service.close()
             finally:
-                service.close()
                 keystore.wipe()
 
 
@@ -147,15 +148,15 @@ class Daemon:
         """Serve until one of `signals` stops it; returns the exit status. `reload` is what SIGHUP calls."""
         status = EXIT_OK
         try:
-            with listening(self._config) as doors, self._metrics() as metrics:
+            with listening(self._config) as endpoints, self._metrics() as metrics:
                 async with trio.open_nursery() as supervisor:
-                    self._service.start_keeping(supervisor)
+                    self._service.start_core(supervisor)
                     try:
-                        await self._serve(doors, metrics, signals, reload)
-                        await self._service.flush()
+                        await self._serve(endpoints, metrics, signals, reload)
+                        await self._service.save_usage()
                     finally:
                         # However this ends: the actor is shielded, and would keep a broken daemon alive for ever.
-                        self._service.stop()
+                        self._service.take_no_more_changes()
                         supervisor.cancel_scope.cancel()
         except* SaveOutcomeUnknownError:
             # The actor has logged it. What is on disk is not known, so nothing more may be answered from memory.
@@ -163,18 +164,18 @@ class Daemon:
         return status
 
     async def _serve(
-        self, doors: Sequence[Door], metrics: MetricsListener | None, signals: AsyncIterator[int], reload: Reload
+        self, endpoints: Sequence[Endpoint], metrics: MetricsListener | None, signals: AsyncIterator[int], reload: Reload
     ) -> None:
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
-                for door in doors:
-                    accepting.start_soon(self._crowd.accept, door, connections)
+                for endpoint in endpoints:
+                    accepting.start_soon(self._crowd.accept, endpoint, connections)
                 if metrics is not None:
                     accepting.start_soon(metrics.run)
-                self._service.start_upkeep(accepting)
+                self._service.start_background(accepting)
                 # What start-up made lives for good; the collector need not walk it again.
                 gc.freeze()
-                self._announce(doors, metrics)
+                self._announce(endpoints, metrics)
                 notify("READY=1")
                 number = await _until_stopped(signals, reload)
                 self._say(f"stopping on {signal.Signals(number).name}")
@@ -183,7 +184,7 @@ class Daemon:
             connections.cancel_scope.deadline = trio.current_time() + DRAIN_TIMEOUT
             self._crowd.drain()
 
-    def _announce(self, doors: Sequence[Door], metrics: MetricsListener | None) -> None:
+    def _announce(self, endpoints: Sequence[Endpoint], metrics: MetricsListener | None) -> None:
         # Not before it serves: a server that is refused says one line, why.
         say, service = self._say, self._service
         say(self._memory)
@@ -193,7 +194,7 @@ class Daemon:
             say(f"audit log {service.keeper.log.path}, of the data plane: {self._config.audit.data}")
         if metrics is not None:
             say(f"metrics on {metrics.url}")
-        say(f"ready on {' and '.join(door.address for door in doors)} (pid {os.getpid()})")
+        say(f"ready on {' and '.join(endpoint.address for endpoint in endpoints)} (pid {os.getpid()})")
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsListener | None]:

@@ -20,7 +20,7 @@ from kms.limits import ACCEPT_BACKLOG, DEFAULT_TCP_HOST
 from kms.server.config import ServerConfig
 
 
-class Door(NamedTuple):
+class Endpoint(NamedTuple):
     """A listener, which transport it is (`tcp` or `unix`), and its address as people write it."""
 
     listener: trio.SocketListener
@@ -29,20 +29,20 @@ class Door(NamedTuple):
 
 
 @contextlib.contextmanager
-def listening(config: ServerConfig) -> Iterator[list[Door]]:
+def listening(config: ServerConfig) -> Iterator[list[Endpoint]]:
     """Listen on what is configured until the end of the block. Raises what `open_tcp` and `UnixListener` raise."""
-    doors: list[Door] = []
+    endpoints: list[Endpoint] = []
     with contextlib.ExitStack() as cleanup:
         if config.tcp_port is not None:
             tcp, port = open_tcp(config.tcp_port)
             cleanup.callback(tcp.socket.close)
-            doors.append(Door(tcp, "tcp", f"{DEFAULT_TCP_HOST}:{port}"))
+            endpoints.append(Endpoint(tcp, "tcp", f"{DEFAULT_TCP_HOST}:{port}"))
         if config.unix_socket is not None:
             unix = UnixListener(config.unix_socket, config.unix_socket_gid)
             cleanup.callback(unix.remove)
             cleanup.callback(unix.listener.socket.close)
-            doors.append(Door(unix.listener, "unix", str(config.unix_socket)))
-        yield doors
+            endpoints.append(Endpoint(unix.listener, "unix", str(config.unix_socket)))
+        yield endpoints
 
 
 def open_tcp(port: int, flag: str = "--tcp-port") -> tuple[trio.SocketListener, int]:

@@ -16,8 +16,8 @@ from typing import Protocol
 
 import trio
 
-from kms.service.audit_trail import Turn
 from kms.service.bugs import log_bug
+from kms.service.served import Turn
 
 Commit = Callable[[Sequence[Turn]], list[bytes | None]]
 """Put turns on record: for each None when that is done, or what to send instead. `RequestPipeline.commit`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 import trio
@@ -11,7 +12,7 @@ import trio
 from kms.errors import KmsError
 from kms.service.bugs import log_bug
 from kms.service.service import Service
-from kms.service.team import Access, AccessSource
+from kms.service.team import AccessSource
 
 log: Final = logging.getLogger(__name__)
 
@@ -29,16 +30,11 @@ class Reload:
     async def __call__(self) -> None:
         self.service.keeper.reopen()
         try:
-            access = await trio.to_thread.run_sync(self._load)
+            access = await trio.to_thread.run_sync(partial(self.source.load, needs_file=self.service.access.is_from_file))
+            await self.service.admit(access)
         except KmsError as error:
             log.error("principals not reloaded, all stays as it was: %s", error)  # noqa: TRY400 - the message says it all
         except Exception as error:  # a bug must cost the reload, not the server
             log_bug("principals not reloaded, all stays as it was", error)
         else:
-            self.service.admit(access)
             log.info("reloaded: %s", access.origin)
-
-    def _load(self) -> Access:
-        access = self.source.load(needs_file=self.service.access.is_from_file)
-        self.service.open_audit_log(access)
-        return access

@@ -105,7 +105,7 @@ class KeyringActor:
     async def run(self) -> None:
         """Serve until `close`. Raises `SaveOutcomeUnknownError`, after which nothing may be answered any more.
 
-        Shielded: a cancelled daemon must not cancel a save whose client was promised an answer.
+        Shielded: a cancelled server must not cancel a save whose client was promised an answer.
         """
         with trio.CancelScope(shield=True):
             async with self._receive:

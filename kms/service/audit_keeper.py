@@ -1,4 +1,4 @@
-"""The audit log in the daemon: opened when one is to be kept, made durable, looked after, rotated and closed.
+"""The audit log in a server: opened when one is to be kept, made durable, looked after, rotated and closed.
 
 Records of the data plane are written before their replies are sent, and made durable within AUDIT_SYNC_INTERVAL: a power
 cut may take those of the last second. A change of keys waits for the disk: nothing is saved before it is durably on record

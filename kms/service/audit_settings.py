@@ -22,11 +22,11 @@ class AuditSettings:
     path: Path
     data: DataAudit
     is_off: bool
-    is_named: bool
-    """Whether one is kept in any case; at the default place one is kept when there are principals."""
+    is_always_kept: bool
+    """Else one is kept when there are principals."""
     accept_rollback: bool
     """Whether to start on a keystore that is older than its audit log."""
 
     def keeps(self, *, has_principals: bool) -> bool:
         """Whether an audit log is kept, given whether there is a file of principals."""
-        return not self.is_off and (self.is_named or has_principals)
+        return not self.is_off and (self.is_always_kept or has_principals)

@@ -16,11 +16,10 @@ from typing import Any, Final, Protocol
 
 from kms.core import ciphertext
 from kms.core.audit import OperationRecord
-from kms.core.policy import Operation, Plane, Principal
-from kms.errors import DecryptionFailedError, UnavailableError
+from kms.core.policy import Plane, Principal
+from kms.errors import DecryptionFailedError
 from kms.service.audit_settings import DataAudit
-from kms.service.handlers import group_of
-from kms.service.served import Peer, Served, bounded_name
+from kms.service.served import Peer, Served, Turn, bounded_name
 from kms.wire.messages import (
     CiphertextReply,
     CreateKeyGroup,
@@ -31,7 +30,6 @@ from kms.wire.messages import (
     DisableVersion,
     EnableVersion,
     Encrypt,
-    ErrorReply,
     GenerateDataKey,
     GroupRequest,
     Health,
@@ -43,10 +41,9 @@ from kms.wire.messages import (
     Request,
     RotateKeyGroup,
     VersionRequest,
-    encode,
+    group_of,
 )
 
-_HEALTH: Final = Operation.HEALTH
 _CONTROL: Final = Plane.CONTROL
 
 
@@ -196,18 +193,3 @@ _KEYS: Final[dict[type[Request], Callable[[Any, Any], _Key]]] = {
 
 _NAMES: Final = {kind: kind.operation.value for kind in _KEYS}
 """An enum's `value` takes 0.1 us."""
-
-
-Turn = list[tuple[bytes, Served | None]]
-"""What one connection was answered and not yet sent: each reply line, and what has to be on record before it goes."""
-
-
-def unrecorded(turn: Turn, error: UnavailableError) -> bytes:
-    """What to send in the place of a turn's replies when `error` kept them off the record."""
-    return b"".join(_instead(reply, served, error) + b"\n" for reply, served in turn)
-
-
-def _instead(reply: bytes, served: Served | None, error: UnavailableError) -> bytes:
-    if served is None or (served.kind is not None and served.kind.operation is _HEALTH):
-        return reply
-    return encode(ErrorReply(error.code, str(error), request_id=served.request_id))

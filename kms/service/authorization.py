@@ -7,8 +7,7 @@ from typing import Any, Final
 from kms.core import ciphertext
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Principal
 from kms.errors import UnauthorizedError
-from kms.service.handlers import group_of
-from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, ReEncrypt
+from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, ReEncrypt, group_of
 
 _FORBIDDEN: Final = "the policy does not allow this operation on this key group"
 

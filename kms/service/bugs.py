@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import traceback
+from typing import Final
+
+log: Final = logging.getLogger(__name__)
 
 
 def log_bug(what: str, error: BaseException) -> None:
@@ -13,4 +16,4 @@ def log_bug(what: str, error: BaseException) -> None:
             log_bug(what, part)
         return
     where = "".join(traceback.format_tb(error.__traceback__))
-    logging.getLogger(__name__).error("%s: %s\n%s", what, type(error).__name__, where)
+    log.error("%s: %s\n%s", what, type(error).__name__, where)

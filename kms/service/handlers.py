@@ -15,9 +15,9 @@ from kms.core.keyring import KeyGroup
 from kms.core.policy import Operation
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
-from kms.limits import DEFAULT_KEY_GROUP, MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
+from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
 from kms.wire import messages
-from kms.wire.messages import Reply, Request
+from kms.wire.messages import Reply, Request, group_of
 
 
 class Caller(Protocol):
@@ -46,11 +46,6 @@ _DECRYPT_OVERHEAD_BYTES = 128 + 4 * MAX_REQUEST_ID_CHARACTERS
 
 _HEALTHY = messages.DetailReply("ok")
 _DESCRIBE = Operation.DESCRIBE_KEY_GROUP
-
-
-def group_of(key_id: str | None) -> str:
-    """The group a data request names: omitted, null or blank is `default`."""
-    return key_id if key_id and not key_id.isspace() else DEFAULT_KEY_GROUP
 
 
 class Handlers:

@@ -2,18 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 from kms.core.ciphertext import Ciphertext
-from kms.core.keyring import Keyring
+from kms.core.provider import KeyringHolder
 from kms.errors import DecryptionFailedError, InvalidRequestError
-
-
-class KeyringHolder(Protocol):
-    """Who has the keyring that is in force."""
-
-    @property
-    def current(self) -> Keyring: ...
 
 
 class LocalMasterKeyProvider:

@@ -29,13 +29,12 @@ from prometheus_client.utils import floatToGoString
 
 from kms.core import ciphertext
 from kms.core.keyring import Keyring, Mint, VersionStatus
+from kms.core.provider import KeyringHolder
 from kms.errors import SaveFailedError, WireError
 from kms.limits import MAX_METERED_GROUPS
 from kms.service.actor import KeyringStore
-from kms.service.handlers import group_of
-from kms.service.local_provider import KeyringHolder
 from kms.service.served import Observer, Served
-from kms.wire.messages import AnyRequest, Decrypt, Encrypt, GenerateDataKey, GroupRequest, ReEncrypt, Request
+from kms.wire.messages import AnyRequest, Decrypt, Encrypt, GenerateDataKey, GroupRequest, ReEncrypt, Request, group_of
 
 UNKNOWN: Final = "unknown"
 """Operation and plane of a request whose type could not be told."""

@@ -23,13 +23,13 @@ from msgspec import structs
 from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
 from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnavailableError, WireError
-from kms.service.audit_trail import AuditTrail, Turn, unrecorded
+from kms.service.audit_trail import AuditTrail
 from kms.service.authentication import Authenticator
 from kms.service.authorization import authorize
 from kms.service.bugs import log_bug
 from kms.service.event import Event
 from kms.service.handlers import Handlers
-from kms.service.served import Observer, Peer, Served, UsageCounter, bounded_name
+from kms.service.served import Observer, Peer, Served, Turn, UsageCounter, bounded_name
 from kms.wire.messages import ErrorReply, Reply, Request, UndecodableRequestError, decode_request, encode
 
 log: Final = logging.getLogger("kms.audit")
@@ -82,7 +82,7 @@ class RequestPipeline:
             try:
                 self.trail.write(turns)
             except UnavailableError as error:
-                return [unrecorded(turn, error) for turn in turns]
+                return [_unrecorded(turn, error) for turn in turns]
         return [None] * len(turns)
 
 
@@ -276,3 +276,14 @@ def _record(served: Served) -> None:
     if served.request_id is not None:
         fields["requestId"] = served.request_id
     log.info(Event(fields))
+
+
+def _unrecorded(turn: Turn, error: UnavailableError) -> bytes:
+    """What to send in the place of a turn's replies when `error` kept them off the record."""
+    return b"".join(_instead(reply, served, error) + b"\n" for reply, served in turn)
+
+
+def _instead(reply: bytes, served: Served | None, error: UnavailableError) -> bytes:
+    if served is None or (served.kind is not None and served.kind.operation is _HEALTH):
+        return reply
+    return encode(ErrorReply(error.code, str(error), request_id=served.request_id))

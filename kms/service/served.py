@@ -65,6 +65,9 @@ def bounded_name(name: str) -> str:
     return name if len(name) <= MAX_GROUP_NAME_BYTES else f"{name[:MAX_GROUP_NAME_BYTES]}..."
 
 
+Turn = list[tuple[bytes, Served | None]]
+"""What one connection was answered and not yet sent: each reply line, and what has to be on record before it goes."""
+
 Observer = Callable[[Served], None]
 
 

@@ -10,11 +10,11 @@ from typing import Protocol
 import trio
 
 from kms.core.policy import AllowAll
-from kms.core.provider import KeyringManager
+from kms.core.provider import KeyringHolder, KeyringManager
 from kms.limits import KEY_BYTES, MAX_FRAME_BYTES
 from kms.service.audit_keeper import AuditKeeper
 from kms.service.handlers import Handlers
-from kms.service.local_provider import KeyringHolder, LocalMasterKeyProvider
+from kms.service.local_provider import LocalMasterKeyProvider
 from kms.service.pipeline import RequestPipeline
 from kms.service.served import Observer
 from kms.service.team import Access
@@ -23,19 +23,22 @@ from kms.service.usage import Usage
 
 
 class ServedKeyring(KeyringManager, KeyringHolder, Protocol):
-    """What has the keyring and changes it: the actor, or what stands in its place for a keyring that several share."""
+    """What has the keyring and changes it: see `KeyringActor`."""
 
     async def run(self) -> None:
         """Make the changes that are asked for, until `close`."""
         ...
 
     def close(self) -> None:
-        """Take no more of them."""
+        """Take no more of them. What was taken up is still finished."""
         ...
 
 
 class Service:
-    """The keyring, what is counted and recorded of its use, its schedule, and the pipelines in front of them."""
+    """The keyring, what is counted and recorded of its use, its schedule, and the pipelines in front of them.
+
+    Made, it decides as `access` says and keeps no record; `admit` puts what is needed for that in force.
+    """
 
     def __init__(
         self,
@@ -62,40 +65,46 @@ class Service:
             new_data_key=new_data_key,
             max_frame_bytes=max_frame_bytes,
         )
-        self.pipeline = RequestPipeline(handlers, access.authenticator, access.policy, observers, keeper.trail, usage)
-        self.schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), observers, keeper.trail)
+        self.pipeline = RequestPipeline(handlers, access.authenticator, access.policy, observers, usage=usage)
+        self.schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), observers)
         """What the server asks of itself: it goes on record, too."""
 
-    def open_audit_log(self, access: Access) -> None:
-        """Open the audit log if one is to be kept with `access` and is not open yet. Blocking; raises what it raises."""
-        self.keeper.open(self.keyring.current.generation, has_principals=access.is_from_file)
+    async def admit(self, access: Access) -> None:
+        """From now on let `access` decide, and keep the audit log that is to be kept with it.
 
-    def admit(self, access: Access) -> None:
-        """From now on let `access` decide, and keep the record that is open."""
+        Raises what `AuditKeeper.open` raises, after which all is as it was.
+        """
+        opening = partial(self.keeper.open, self.keyring.current.generation, has_principals=access.is_from_file)
+        await trio.to_thread.run_sync(opening)
         self.access = access
         self.pipeline.admit(access.authenticator, access.policy, self.keeper.trail)
         self.schedule.admit(self.schedule.authenticator, self.schedule.policy, self.keeper.trail)
 
-    def start_keeping(self, nursery: trio.Nursery) -> None:
-        """Start what every request rests on: it has to outlive the last of them."""
+    def start_core(self, nursery: trio.Nursery) -> None:
+        """Start what every request rests on, which has to outlive the last of them: the keyring and the audit log."""
         nursery.start_soon(self.keyring.run)
         nursery.start_soon(self.keeper.run)
 
-    def start_upkeep(self, nursery: trio.Nursery) -> None:
+    def start_background(self, nursery: trio.Nursery) -> None:
         """Start what is done besides requests: usage goes to its file, and what is due is done."""
         nursery.start_soon(self._usage.run)
         nursery.start_soon(self._trials.run, self.schedule)
 
-    async def flush(self) -> None:
+    async def save_usage(self) -> None:
         """Write down what was counted until now."""
         await self._usage.flush()
 
-    def stop(self) -> None:
-        """Take no more changes of keys; those that wait are still made."""
+    def take_no_more_changes(self) -> None:
+        """Let the keyring end; a change that was taken up is still finished. Everything else goes on."""
         self.keyring.close()
 
     def close(self) -> None:
-        """Put on record that the server stops, and wipe every key."""
-        self.keeper.close()
+        """Put on record that the server stops, and wipe the keys of the keyring."""
+        try:
+            self.keeper.close()
+        finally:
+            self._wipe()
+
+    def _wipe(self) -> None:
         for key in self.keyring.current.live_keys():
             key.wipe()

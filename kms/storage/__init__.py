@@ -1,1 +1,1 @@
-"""The keyring on disk: its formats, its lock, and the durable save. Blocking code, no trio."""
+"""What is kept on disk: the keyring, with its formats, lock and durable save; the audit log; usage. Blocking, no trio."""

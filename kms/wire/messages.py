@@ -19,7 +19,7 @@ from msgspec import Meta, Struct
 from kms.core.policy import Operation, Plane
 from kms.core.usage import VersionUsage
 from kms.errors import InvalidRequestError
-from kms.limits import MAX_NESTING, MAX_REQUEST_ID_CHARACTERS, MAX_TIMED_DISABLE_SECONDS, MAX_VERSION
+from kms.limits import DEFAULT_KEY_GROUP, MAX_NESTING, MAX_REQUEST_ID_CHARACTERS, MAX_TIMED_DISABLE_SECONDS, MAX_VERSION
 
 Version = Annotated[int, Meta(ge=1, le=MAX_VERSION)]
 
@@ -265,6 +265,11 @@ def decode_request(line: bytes) -> Request:
             reason = InvalidRequestError(f"{field}: not canonical base64")
             raise UndecodableRequestError(type(request), request.token, reason, request.request_id)
     return request
+
+
+def group_of(key_id: str | None) -> str:
+    """The group a data request names: omitted, null or blank is `default`."""
+    return key_id if key_id and not key_id.isspace() else DEFAULT_KEY_GROUP
 
 
 REQUEST_ID_RULE: Final = f"requestId: has 1 to {MAX_REQUEST_ID_CHARACTERS} printable characters"

@@ -2,7 +2,7 @@
 
     python -m kms_tests.releases.make kms_tests/releases/0.1.0
 
-`format2` beside it was made once by `make_format_2`: the Java mini-kms wrote such keystores, ciphertexts and containers.
+One that is called `format2` is what the Java mini-kms wrote instead.
 
 `promise.json` says what is in the other files: passphrase and tokens, which here are no secrets; key groups with their
 versions; ciphertexts with what they hold. Its `requests` are those that a client sent to a server with an empty keystore,
@@ -114,7 +114,6 @@ def make_format_2(directory: Path) -> None:
             for version, plaintext in sealed
         ],
         "container": {"file": "letter.mke", "aad": LETTER_AAD, "plaintext": _text(LETTER)},
-        "requests": [],
     }
     _write(directory, promise)
 
@@ -171,7 +170,6 @@ def _fill(machine: Machine, server: Server) -> dict[str, Any]:
         "passphrase": PASSPHRASE,
         "apiToken": machine.api_token,
         "adminToken": machine.admin_token,
-        "principalToken": PRINCIPAL_TOKEN,
         "keyGroups": groups,
         "ciphertexts": ciphertexts,
         "container": {"file": "letter.mke", "aad": LETTER_AAD, "plaintext": _text(LETTER)},
@@ -203,13 +201,13 @@ def _ask_what_is_left(machine: Machine, wire: Wire, ask: Any, ciphertext: str) -
     ask(PRINCIPAL_TOKEN, "ListKeyGroups")
 
 
-def _steady(reply: Any) -> Any:
-    """`reply` with `…` for what differs each time."""
-    if isinstance(reply, dict):
-        return {name: "…" if name in _VOLATILE or name.endswith("EpochSec") else _steady(reply[name]) for name in reply}
-    if isinstance(reply, list):
-        return [_steady(item) for item in reply]
-    return reply
+def _steady(message: Any) -> Any:
+    """A request or reply with `…` for what differs each time."""
+    if isinstance(message, dict):
+        return {name: "…" if name in _VOLATILE or name.endswith("EpochSec") else _steady(message[name]) for name in message}
+    if isinstance(message, list):
+        return [_steady(item) for item in message]
+    return message
 
 
 def _text(data: bytes) -> str:
@@ -217,4 +215,5 @@ def _text(data: bytes) -> str:
 
 
 if __name__ == "__main__":
-    make(Path(sys.argv[1]))
+    place = Path(sys.argv[1])
+    (make_format_2 if place.name == "format2" else make)(place)

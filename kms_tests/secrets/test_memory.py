@@ -62,7 +62,7 @@ sys.exit(main())
 DOES_NOT_WIPE = """
 from kms.service.service import Service
 from kms.storage.file import Keystore
-Service.close = lambda service: globals().update(kept_service=service)
+Service._wipe = lambda service: globals().update(kept_service=service)
 Keystore.wipe = lambda keystore: globals().update(kept_keystore=keystore)
 """
 
