@@ -47,6 +47,7 @@ from kms.core.usage import Operations, Refusals, TimedDisable
 from kms.errors import ConfigError, DecryptionFailedError, InputError, KeystoreError, WrongPassphraseError
 from kms.host.private import read_secret
 from kms.server.config import ENVIRONMENT, resolve
+from kms.service.audit_settings import AuditSettings
 from kms.service.authentication import Authenticator
 from kms.service.handlers import Handlers
 from kms.service.local_provider import LocalMasterKeyProvider
@@ -452,10 +453,11 @@ def check_config(data: bytes) -> None:
     _require(limits.MIN_FRAME_BYTES <= config.max_frame_bytes <= limits.MAX_FRAME_BYTES_CEILING, "an impossible frame")
     _require(1 <= config.max_connections <= limits.MAX_CONNECTIONS_CEILING, "impossible connections")
     _require(0 < config.idle_timeout <= 24 * 3600, "an impossible timeout")
-    for field in fields(config):
-        value = getattr(config, field.name)
-        known = type(value) in (int, float, bool, type(None)) or isinstance(value, Path | Enum)
-        _require(known, f"{field.name} has an impossible type")
+    for settings in (config, config.audit):
+        for field in fields(settings):
+            value = getattr(settings, field.name)
+            known = type(value) in (int, float, bool, type(None)) or isinstance(value, Path | Enum | AuditSettings)
+            _require(known, f"{field.name} has an impossible type")
 
 
 def check_usage_file(data: bytes) -> None:
