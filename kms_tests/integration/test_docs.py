@@ -9,18 +9,12 @@ import urllib.request
 from textwrap import dedent
 from typing import Any
 
+from kms.core.policy import Plane
+from kms.wire.messages import AnyRequest
 from kms_tests.integration.processes import DEADLINE, ROOT, Machine, Server
 
 ANY = "…"
-CONTROL = {
-    "CreateKeyGroup",
-    "RotateKeyGroup",
-    "ListKeyGroups",
-    "DescribeKeyGroup",
-    "DisableVersion",
-    "EnableVersion",
-    "DestroyVersion",
-}
+CONTROL = {kind.operation.value for kind in AnyRequest.__args__ if kind.plane is Plane.CONTROL}
 
 
 def page(name: str) -> str:
