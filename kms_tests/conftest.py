@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,12 @@ from kms_tests.integration.processes import Machine, Server
 from kms_tests.strategies import PROFILE
 
 settings.load_profile(PROFILE)
+
+
+def pytest_configure() -> None:
+    # A build that was started in the background ignores Ctrl-C, and so would every program that a test sends it.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
