@@ -238,6 +238,7 @@ def docs(session: nox.Session) -> None:
     built = Path("build", "docs")
     # Sphinx reads no page again that has not changed, and so would not warn of it a second time.
     shutil.rmtree(built, ignore_errors=True)
+    # Each reads the pages for itself: of shared ones the manual pages would have the HTML's quotation marks.
     for builder in ("html", "man"):
         session.run(
             "sphinx-build", "-W", "--keep-going", "-q", "-b", builder, "docs", str(built / builder), *session.posargs

@@ -30,6 +30,7 @@ from kms.core.policy import AllowAll, KeyAuthorizationPolicy, Operation, Princip
 from kms.core.provider import Permit
 from kms.core.secret import Secret
 from kms.host.entropy import random_key
+from kms.limits import MAX_FRAME_BYTES
 from kms.service.audit_keeper import AuditKeeper
 from kms.service.audit_settings import AuditSettings, DataAudit
 from kms.service.authentication import Authenticator
@@ -113,13 +114,27 @@ def no_audit() -> AuditKeeper:
 class Server:
     """The pipeline as a function from object to object."""
 
-    def __init__(self, policy: KeyAuthorizationPolicy | None = None, access: Access | None = None) -> None:
+    def __init__(
+        self,
+        policy: KeyAuthorizationPolicy | None = None,
+        access: Access | None = None,
+        keeper: AuditKeeper | None = None,
+        max_frame_bytes: int = MAX_FRAME_BYTES,
+    ) -> None:
         """Whoever has a shared token may do what `policy` allows, by default everything; or `access` decides."""
         access = access or Access(SHARED, policy or AllowAll(), "nowhere", is_from_file=False)
         self.manager = Manager()
         self.usage = usage_of(self.manager.current)
         self.seen: list[Served] = []
-        self.service = Service(self.manager, no_audit(), self.usage, access, observers=[self.seen.append])
+        self.keeper = keeper or no_audit()
+        self.service = Service(
+            self.manager,
+            self.keeper,
+            self.usage,
+            access,
+            observers=[self.seen.append],
+            max_frame_bytes=max_frame_bytes,
+        )
         self.pipeline = self.service.pipeline
 
     def line(self, line: bytes, peer: Peer = PEER) -> dict[str, Any]:
