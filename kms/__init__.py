@@ -23,6 +23,7 @@ from kms.errors import (
     ServerUnreachableError,
     UnauthorizedError,
     UnavailableError,
+    UnknownServerError,
     WireError,
 )
 
@@ -46,6 +47,7 @@ __all__ = [
     "ServerUnreachableError",
     "UnauthorizedError",
     "UnavailableError",
+    "UnknownServerError",
     "WireError",
 ]
 

@@ -160,6 +160,12 @@ class ServerUnreachableError(KmsError):
     exit_code = EXIT_UNREACHABLE
 
 
+class UnknownServerError(KmsError):
+    """What answers at the server's address is not known to be the server, so it was shown no token."""
+
+    exit_code = EXIT_PERMISSION
+
+
 class ProtocolError(KmsError):
     """The peer answered something that is not this protocol."""
 

@@ -35,13 +35,16 @@ class FakeClient:
     addresses: list[Any]
     tokens: list[bytes]
     request_ids: list[str | None]
+    server_users: list[str | None]
 
     @classmethod
-    def connect_unix(cls, path: Path, *, token: Any, request_id: str | None) -> Self:
+    def connect_unix(cls, path: Path, *, token: Any, request_id: str | None, server_user: str | None) -> Self:
+        cls.server_users.append(server_user)
         return cls._connect(path, token, request_id)
 
     @classmethod
-    def connect_tcp(cls, host: str, port: int, *, token: Any, request_id: str | None) -> Self:
+    def connect_tcp(cls, host: str, port: int, *, token: Any, request_id: str | None, server_user: str | None) -> Self:
+        cls.server_users.append(server_user)
         return cls._connect((host, port), token, request_id)
 
     @classmethod
@@ -75,7 +78,7 @@ class FakeClient:
 
 @pytest.fixture(autouse=True)
 def fake(monkeypatch: pytest.MonkeyPatch, data: Path) -> type[FakeClient]:
-    fake = type("Fake", (FakeClient,), {"addresses": [], "tokens": [], "request_ids": []})
+    fake = type("Fake", (FakeClient,), {"addresses": [], "tokens": [], "request_ids": [], "server_users": []})
     monkeypatch.setattr(blocking, "KmsClient", fake)
     for name in [name for name in os.environ if name.startswith("MINIKMS_")]:
         monkeypatch.delenv(name)
@@ -384,7 +387,30 @@ def test_the_unix_socket_is_the_default_when_it_exists(fake: type[FakeClient], d
     assert fake.tokens == [b"the-token"]
 
 
-def test_else_it_is_the_port_of_the_environment_on_loopback(
+def test_the_unix_socket_is_the_default_when_it_does_not_exist_too(fake: type[FakeClient], data: Path) -> None:
+    assert main(["health"]) == 0
+    assert fake.addresses == [data / "mini-kms" / "kms.sock"]
+
+
+def test_a_unix_socket_that_is_named_is_the_only_one_tried(fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MINIKMS_UNIX_SOCKET", "/nowhere/kms.sock")
+    monkeypatch.setenv("MINIKMS_TCP_PORT", "7")
+    assert main(["health"]) == 0
+    assert fake.addresses == [Path("/nowhere/kms.sock")]
+
+
+def test_who_may_be_the_server_comes_from_the_flag_and_then_from_the_environment(
+    fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIKMS_SERVER_USER", "kms")
+    assert main(["--tcp", "127.0.0.1:9", "health"]) == 0
+    assert main(["--server-user", "any", "health"]) == 0
+    monkeypatch.delenv("MINIKMS_SERVER_USER")
+    assert main(["health"]) == 0
+    assert fake.server_users == ["kms", "any", None]
+
+
+def test_it_is_the_port_of_the_environment_on_loopback_where_that_is_told(
     fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MINIKMS_TCP_PORT", "7")
@@ -396,7 +422,7 @@ def test_else_it_is_the_port_of_the_environment_on_loopback(
 
 @pytest.mark.parametrize(
     ("text", "address"),
-    [("127.0.0.1:9", ("127.0.0.1", 9)), ("[::1]:9", ("::1", 9)), ("localhost:9", ("localhost", 9))],
+    [("127.0.0.1:9", ("127.0.0.1", 9)), ("[::1]:9", ("::1", 9)), ("localhost:9", ("127.0.0.1", 9))],
 )
 def test_a_tcp_address_is_a_loopback_one(text: str, address: tuple[str, int], fake: type[FakeClient]) -> None:
     assert main(["--tcp", text, "health"]) == 0

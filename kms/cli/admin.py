@@ -91,6 +91,7 @@ def command(
     context: click.Context,
     tcp: str | None,
     unix: str | None,
+    server_user: str | None,
     admin_token_file: str | None,
     request_id: str | None,
     *,
@@ -100,9 +101,9 @@ def command(
     """Set up mini-kms and manage its keys.
 
     The admin token comes from MINIKMS_ADMIN_TOKEN, else from its file, else you are asked for it. The server is found
-    at its Unix socket if that exists, else at 127.0.0.1:9123.
+    at its Unix socket; over TCP only where --tcp or MINIKMS_TCP_PORT says so.
     """
-    context.obj = Settings(tcp, unix, admin_token_file, as_json, no_token, request_id)
+    context.obj = Settings(tcp, unix, admin_token_file, as_json, no_token, server_user, request_id)
 
 
 @command.command("list-keys", epilog=examples("kms-admin list-keys | grep ACTIVE", "kms-admin list-keys --usage"))

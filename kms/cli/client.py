@@ -66,6 +66,7 @@ def command(
     context: click.Context,
     tcp: str | None,
     unix: str | None,
+    server_user: str | None,
     token_file: str | None,
     request_id: str | None,
     *,
@@ -75,9 +76,9 @@ def command(
     """Encrypt and decrypt with keys that never leave the server.
 
     The token comes from MINIKMS_API_TOKEN, else from its file, else you are asked for it. The server is found at its
-    Unix socket if that exists, else at 127.0.0.1:9123.
+    Unix socket; over TCP only where --tcp or MINIKMS_TCP_PORT says so.
     """
-    context.obj = Settings(tcp, unix, token_file, as_json, no_token, request_id)
+    context.obj = Settings(tcp, unix, token_file, as_json, no_token, server_user, request_id)
 
 
 @command.command(epilog=examples("kms-client health && echo up"))

@@ -38,6 +38,7 @@ class Settings:
     token_file: str | None
     json: bool
     no_token: bool = False
+    server_user: str | None = None
     request_id: str | None = None
 
 
@@ -65,12 +66,22 @@ class Address(NamedTuple):
 
 
 def address_options(command: F) -> F:
-    """`--tcp` and `--unix`."""
+    """`--tcp`, `--unix` and `--server-user`."""
     unix = click.option(
         "--unix", type=PATH, metavar="PATH", help="Unix socket of the server. [MINIKMS_UNIX_SOCKET or <data>/kms.sock]"
     )
-    tcp = click.option("--tcp", metavar="HOST:PORT", help="TCP address of the server; a loopback address only.")
-    return tcp(unix(command))
+    tcp = click.option(
+        "--tcp",
+        metavar="HOST:PORT",
+        help="TCP address of the server; a loopback address only. [127.0.0.1:MINIKMS_TCP_PORT]",
+    )
+    user = click.option(
+        "--server-user",
+        metavar="USER",
+        help="Who may be the server, beside you, root and the owner of the socket's directory: name, uid or any. "
+        "[MINIKMS_SERVER_USER]",
+    )
+    return tcp(unix(user(command)))
 
 
 def no_token_option(command: F) -> F:
@@ -124,29 +135,27 @@ def find_server(tcp: str | None, unix: str | None, environ: Mapping[str, str]) -
         return Address(Path(unix))
     if tcp is not None:
         return _parse_tcp(tcp)
-    socket = Path(environ.get("MINIKMS_UNIX_SOCKET") or data_directory(environ) / "kms.sock")
-    if socket.exists():
-        return Address(socket)
-    return Address(None, port=_port(environ.get("MINIKMS_TCP_PORT") or str(DEFAULT_TCP_PORT), "MINIKMS_TCP_PORT"))
+    named, port = environ.get("MINIKMS_UNIX_SOCKET"), environ.get("MINIKMS_TCP_PORT")
+    if named:
+        return Address(Path(named))
+    usual = data_directory(environ) / "kms.sock"
+    if port and not usual.exists():
+        return Address(None, port=_port(port, "MINIKMS_TCP_PORT"))
+    # Whether it is there or not. By TCP only where somebody said so: while no server listens, its port is anybody's.
+    return Address(usual)
 
 
 def _parse_tcp(text: str) -> Address:
     host, colon, port = text.rpartition(":")
     if not colon or not host:
         raise ConfigError(f"--tcp: give HOST:PORT, such as {DEFAULT_TCP_HOST}:{DEFAULT_TCP_PORT}")
-    host = host.removeprefix("[").removesuffix("]")
-    if not _is_loopback(host):
-        raise ConfigError("--tcp: not a loopback address; the protocol is not encrypted, use 127.0.0.1, ::1 or a tunnel")
-    return Address(None, host, _port(port, "--tcp"))
-
-
-def _is_loopback(host: str) -> bool:
-    from ipaddress import ip_address
+    from kms.client.known_server import loopback
 
     try:
-        return host == "localhost" or ip_address(host).is_loopback
-    except ValueError:
-        return False
+        host = loopback(host.removeprefix("[").removesuffix("]"))
+    except ConfigError as error:
+        raise ConfigError(f"--tcp: {error}") from None
+    return Address(None, host, _port(port, "--tcp"))
 
 
 def _port(text: str, origin: str) -> int:
@@ -169,11 +178,14 @@ def reachable(settings: Settings, plane: Plane) -> Iterator[tuple[Callable[[], K
     if settings.no_token and settings.token_file is not None:
         raise ConfigError(f"--no-token and {plane.option} exclude each other; give one")
     with _no_token() if settings.no_token else _token_of(settings, plane) as token:
+        user = settings.server_user or os.environ.get("MINIKMS_SERVER_USER") or None
 
         def connect() -> KmsClient:
             if address.unix is not None:
-                return KmsClient.connect_unix(address.unix, token=token, request_id=settings.request_id)
-            return KmsClient.connect_tcp(address.host, address.port, token=token, request_id=settings.request_id)
+                return KmsClient.connect_unix(address.unix, token=token, request_id=settings.request_id, server_user=user)
+            return KmsClient.connect_tcp(
+                address.host, address.port, token=token, request_id=settings.request_id, server_user=user
+            )
 
         yield connect, token
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterable
@@ -11,6 +12,7 @@ from typing import Self
 
 import trio
 
+from kms.client.known_server import KnownServer, has_not_spoken, loopback, pauses
 from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, closed, refused, silent
 from kms.errors import ServerUnreachableError
@@ -50,12 +52,15 @@ class AsyncKmsClient:
         token: Token = "",
         timeout: float = REPLY_TIMEOUT,  # noqa: ASYNC109 (it is for each reply, not for this call)
         request_id: str | None = None,
+        server_user: str | int | None = None,
     ) -> Self:
-        """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
+        """As `KmsClient.connect_unix`."""
+        known, address = KnownServer(server_user), os.fspath(path)
 
-        Without a token the server may know this process by its user id.
-        """
-        return await cls._connect(partial(trio.open_unix_socket, path), str(path), token, timeout, request_id)
+        async def identify(link: socket.socket) -> None:
+            known.check_unix(link, address)
+
+        return await cls._connect(partial(trio.open_unix_socket, path), identify, address, token, timeout, request_id)
 
     @classmethod
     async def connect_tcp(
@@ -66,34 +71,43 @@ class AsyncKmsClient:
         token: Token,
         timeout: float = REPLY_TIMEOUT,  # noqa: ASYNC109 (it is for each reply, not for this call)
         request_id: str | None = None,
+        server_user: str | int | None = None,
     ) -> Self:
-        """Connect over TCP. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
-        opened = partial(trio.open_tcp_stream, host, port)
-        return await cls._connect(opened, f"{host}:{port}", token, timeout, request_id)
+        """As `KmsClient.connect_tcp`."""
+        known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port}"
+
+        async def identify(link: socket.socket) -> None:
+            for pause in pauses():
+                if known.is_tcp_known(link, address):
+                    return
+                await trio.sleep(pause)
+
+        return await cls._connect(partial(trio.open_tcp_stream, host, port), identify, address, token, timeout, request_id)
 
     @classmethod
     async def _connect(
         cls,
         opened: Callable[[], Awaitable[trio.SocketStream]],
+        identify: Callable[[socket.socket], Awaitable[None]],
         address: str,
         token: Token,
         reply_timeout: float,
         request_id: str | None,
     ) -> Self:
         connect_timeout = min(reply_timeout, CONNECT_TIMEOUT)
-        try:
-            with trio.fail_after(connect_timeout):
-                stream = await opened()
-        except OSError as error:
-            raise ServerUnreachableError(refused(address, error)) from error
-        except trio.TooSlowError:
-            raise ServerUnreachableError(silent(address, connect_timeout)) from None
-        link = socket.socket(fileno=stream.socket.detach())
-        try:
-            return cls(link, address, token=token, timeout=reply_timeout, request_id=request_id)
-        except BaseException:
-            link.close()
-            raise
+        with contextlib.ExitStack() as unless_known:
+            try:
+                with trio.fail_after(connect_timeout):
+                    stream = await opened()
+                    link = unless_known.enter_context(socket.socket(fileno=stream.socket.detach()))
+                    await identify(link)
+            except OSError as error:
+                raise ServerUnreachableError(refused(address, error)) from error
+            except trio.TooSlowError:
+                raise ServerUnreachableError(silent(address, connect_timeout)) from None
+            client = cls(link, address, token=token, timeout=reply_timeout, request_id=request_id)
+            unless_known.pop_all()
+            return client
 
     async def aclose(self) -> None:
         """Close the connection; a call under way in another task fails. Closing twice does nothing more."""
@@ -182,6 +196,7 @@ class AsyncKmsClient:
                 raise ServerUnreachableError(closed(self._address))
             exchange = Exchange(calls)
             try:
+                has_not_spoken(self._link, self._address)
                 await self._drive(self._link, exchange)
             except BaseException:
                 self._close()

@@ -6,10 +6,12 @@ import os
 import select
 import socket
 import threading
+import time
 from collections.abc import Iterable
 from types import TracebackType
 from typing import Self
 
+from kms.client.known_server import KnownServer, has_not_spoken, loopback, pauses
 from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, closed, refused, silent
 from kms.errors import ServerUnreachableError
@@ -56,15 +58,20 @@ class KmsClient:
         token: Token = "",
         timeout: float = REPLY_TIMEOUT,
         request_id: str | None = None,
+        server_user: str | int | None = None,
     ) -> Self:
         """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
 
-        Without a token the server may know this process by its user id.
+        Without a token the server may know this process by its user id. `UnknownServerError` when the server's process
+        is not one of this user, of root, of the owner of the socket's directory, or of `server_user` (name or uid;
+        `any` believes whoever it is).
         """
+        known = KnownServer(server_user)
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
             link.settimeout(min(timeout, CONNECT_TIMEOUT))
             link.connect(os.fspath(path))
+            known.check_unix(link, os.fspath(path))
             return cls(link, str(path), token=token, timeout=timeout, request_id=request_id)
         except OSError as error:
             link.close()
@@ -82,16 +89,32 @@ class KmsClient:
         token: Token,
         timeout: float = REPLY_TIMEOUT,
         request_id: str | None = None,
+        server_user: str | int | None = None,
     ) -> Self:
-        """Connect over TCP. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`."""
-        address = f"{host}:{port}"
+        """Connect over TCP, on loopback alone. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
+
+        `UnknownServerError` when the server's process is not one of this user, of root, or of `server_user` (name or
+        uid; `any` believes whoever it is), or when that cannot be known.
+        """
+        known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port}"
+        connect_timeout = min(timeout, CONNECT_TIMEOUT)
+        deadline = time.monotonic() + connect_timeout
         try:
-            link = socket.create_connection((host, port), min(timeout, CONNECT_TIMEOUT))
+            link = socket.create_connection((host, port), connect_timeout)
         except OSError as error:
             raise ServerUnreachableError(refused(address, error)) from error
         try:
+            for pause in pauses():
+                if known.is_tcp_known(link, address):
+                    break
+                if time.monotonic() + pause >= deadline:
+                    raise ServerUnreachableError(silent(address, connect_timeout))
+                time.sleep(pause)
             link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             return cls(link, address, token=token, timeout=timeout, request_id=request_id)
+        except OSError as error:
+            link.close()
+            raise ServerUnreachableError(refused(address, error)) from error
         except BaseException:
             link.close()
             raise
@@ -186,6 +209,7 @@ class KmsClient:
                 raise ServerUnreachableError(closed(self._address))
             exchange = Exchange(calls)
             try:
+                has_not_spoken(self._link, self._address)
                 self._drive(self._link, exchange)
             except BaseException:
                 # Replies may still come, KeyboardInterrupt included: the next exchange would take them for its own.

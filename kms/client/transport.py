@@ -50,6 +50,8 @@ def broken(address: str, reason: str | None) -> str:
 
 def refused(address: str, error: OSError) -> str:
     """The message for a connection that could not be made."""
+    if isinstance(error, FileNotFoundError):
+        return f"there is no socket {address}; start kms-server, or say where it is (--unix, --tcp)"
     return f"no server answers at {address}: {error.strerror or error}; is kms-server running?"
 
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import socket
 import struct
+from functools import cache
+from pathlib import Path
 from typing import Final, NamedTuple
+
+from kms.limits import NOBODY_ID
 
 _UCRED: Final = struct.Struct("=iII")
 """struct ucred of unix(7)."""
@@ -21,3 +25,12 @@ class Credentials(NamedTuple):
 def credentials_of(sock: socket.socket) -> Credentials:
     """Whose process connected the Unix socket `sock`. Raises `OSError` where the kernel does not say."""
     return Credentials._make(_UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)))
+
+
+@cache
+def overflow_uid() -> int:
+    """The uid that stands for each one that this user namespace has no number for (user_namespaces(7))."""
+    try:
+        return int(Path("/proc/sys/kernel/overflowuid").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return NOBODY_ID
