@@ -72,7 +72,7 @@ class FakeClient:
     def encrypt(self, plaintext: bytes, key_id: str | None = None, aad: bytes = b"") -> bytes:
         return SEALED + plaintext
 
-    def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes:
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         return ciphertext.removeprefix(SEALED)
 
 
@@ -352,8 +352,8 @@ def test_text_that_is_not_utf_8_is_refused(capsys: pytest.CaptureFixture[str]) -
     ("command", "function", "more"),
     [
         ("encrypt-file", "encrypt_file", ["--key", "billing"]),
-        ("decrypt-file", "decrypt_file", []),
-        ("reencrypt", "reencrypt_file", ["--key", "billing"]),
+        ("decrypt-file", "decrypt_file", ["--from-key", "payroll"]),
+        ("reencrypt", "reencrypt_file", ["--key", "billing", "--from-key", "payroll"]),
     ],
 )
 def test_file_commands_hand_paths_and_streams_on(
@@ -366,8 +366,12 @@ def test_file_commands_hand_paths_and_streams_on(
 ) -> None:
     calls: list[tuple[Any, Any, dict[str, Any]]] = []
     monkeypatch.setattr(files, function, lambda _client, source, target, **named: calls.append((source, target, named)))
-    key = {"key_id": "billing"} if more else {}
-    named = {"aad": b"ctx", "progress": None, **key}
+    keys = {"--key": "key_id", "--from-key": "source_key_id"}
+    named = {
+        "aad": b"ctx",
+        "progress": None,
+        **{keys[option]: name for option, name in zip(more[::2], more[1::2], strict=True)},
+    }
     assert main([command, "--in", "-", "--out", "-", "--aad", "ctx", *more]) == 0
     assert calls.pop() == (None, None, named)
     out = str(data / "out")

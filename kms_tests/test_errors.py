@@ -19,7 +19,7 @@ EXITS = [
     (70, ["InternalError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
     (74, ["SaveFailedError", "FileAccessError"]),
     (75, ["KeystoreLockedError"]),
-    (77, ["AuthFailedError", "UnauthorizedError", "SecretFileError"]),
+    (77, ["AuthFailedError", "UnauthorizedError", "SecretFileError", "UnknownServerError"]),
 ]
 CODES: dict[str, type[WireError]] = {
     "AuthFailed": errors.AuthFailedError,

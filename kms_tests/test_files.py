@@ -15,7 +15,8 @@ import pytest
 
 from kms.client.files import decrypt_file, encrypt_file, reencrypt_file, source_size
 from kms.client.protocol import DataKey
-from kms.core import ciphertext, container
+from kms.core import ciphertext as ciphertexts
+from kms.core import container
 from kms.core.envelope import EnvelopeKey
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
@@ -36,17 +37,17 @@ class FakeClient:
 
     def encrypt(self, plaintext: bytes, key_id: str, aad: bytes) -> bytes:
         self.calls += 1
-        return self._key(key_id).seal(plaintext, aad, ciphertext.header(key_id, 1))
+        return self._key(key_id).seal(plaintext, aad, ciphertexts.header(key_id, 1))
 
-    def decrypt(self, ciphertext_: bytes, aad: bytes = b"") -> bytes:
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         self.calls += 1
-        parsed = ciphertext.parse(ciphertext_)
-        if parsed.version != 1:
+        parsed = ciphertexts.parse(ciphertext)
+        if parsed.version != 1 or source_key_id not in (None, parsed.group):
             raise DecryptionFailedError
         return self._key(parsed.group).open(parsed.envelope, aad)
 
-    def reencrypt(self, ciphertext_: bytes, key_id: str, aad: bytes = b"") -> bytes:
-        return self.encrypt(self.decrypt(ciphertext_, aad), key_id, aad)
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        return self.encrypt(self.decrypt(ciphertext, aad, source_key_id=source_key_id), key_id, aad)
 
     def _key(self, group: str) -> EnvelopeKey:
         return EnvelopeKey(Secret(bytearray(group.encode().ljust(32, b"-"))))
@@ -178,6 +179,38 @@ def test_a_container_around_something_else_than_a_data_key_is_refused() -> None:
     wrapped = CLIENT.encrypt(b"a short secret", "default", b"")
     with pytest.raises(InputError, match="something else"):
         opened(container.header(wrapped) + bytes(60))
+
+
+def test_a_secret_in_the_place_of_a_data_key_is_moved_nowhere() -> None:
+    # Of another group, put into a header by somebody who may read the one that files are moved to.
+    for secret in (b"", b"four", b"payroll " * 5, bytes(31), bytes(33)):
+        client = FakeClient()
+        planted = b"MKE1" + len(client.encrypt(secret, "payroll", b"")).to_bytes(4, "big")
+        planted += client.encrypt(secret, "payroll", b"") + b"\x01\x01" + bytes(200)
+        calls = client.calls
+        target = io.BytesIO()
+        with pytest.raises(InputError, match="something else"):
+            reencrypt_file(client, io.BytesIO(planted), target, key_id="shared")
+        with pytest.raises(InputError, match="something else"):
+            decrypt_file(client, io.BytesIO(planted), target)
+        assert (client.calls, target.getvalue()) == (calls, b"")
+
+
+def test_a_file_under_another_group_than_the_one_it_has_to_be_under_does_not_open(tmp_path: Path) -> None:
+    whole = sealed(b"plaintext")
+    blob = CLIENT.encrypt(b"secret", "default", b"")
+    out = io.BytesIO()
+    decrypt_file(CLIENT, io.BytesIO(whole), out, source_key_id="default")
+    assert out.getvalue() == b"plaintext"
+    reencrypt_file(CLIENT, io.BytesIO(whole), tmp_path / "out", key_id="x", source_key_id="default")
+    reencrypt_file(CLIENT, io.BytesIO(blob), tmp_path / "out", key_id="x", source_key_id="default")
+    for source in (whole, blob):
+        for target in (tmp_path / "none", io.BytesIO()):
+            with pytest.raises(DecryptionFailedError):
+                reencrypt_file(CLIENT, io.BytesIO(source), target, key_id="x", source_key_id="other")
+    with pytest.raises(DecryptionFailedError):
+        decrypt_file(CLIENT, io.BytesIO(whole), tmp_path / "none", source_key_id="other")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_source_that_cannot_be_read_is_told_apart(tmp_path: Path) -> None:
@@ -320,7 +353,7 @@ def test_reencrypting_a_container_changes_its_header_only(tmp_path: Path) -> Non
     moved = new.read_bytes()
     body = 8 + int.from_bytes(box[4:8], "big")
     assert moved[8 + int.from_bytes(moved[4:8], "big") :] == box[body:]
-    assert ciphertext.parse(moved[8:]).group == "other"
+    assert ciphertexts.parse(moved[8:]).group == "other"
     assert opened(moved, b"a") == b"x" * (FILE_CHUNK_BYTES + 9)
     assert sum(done) == len(box)
 
@@ -345,7 +378,7 @@ def test_reencrypting_one_ciphertext_answers_in_the_same_form() -> None:
         output = io.BytesIO()
         reencrypt_file(CLIENT, io.BytesIO(content), output, key_id="other", aad=b"a")
         blob = decode(output.getvalue())
-        assert ciphertext.parse(blob).group == "other"
+        assert ciphertexts.parse(blob).group == "other"
         assert CLIENT.decrypt(blob, b"a") == b"secret" * 30
 
 

@@ -41,6 +41,9 @@ _optional_out = click.option(
     "--out", "target", type=PATH, metavar="PATH", default="-", help="Output file instead of standard output."
 )
 _key = click.option("--key", metavar="NAME", help="Key group. [default: default]")
+_from_key = click.option(
+    "--from-key", metavar="NAME", help="The only key group that the input may be under; of any other it does not open."
+)
 _aad = click.option(
     "--aad", metavar="TEXT", default="", help="Encryption context: authenticated, not stored; needed again to decrypt."
 )
@@ -149,14 +152,15 @@ def encrypt(settings: Settings, source: str | None, text: str | None, target: st
 )
 @_in
 @_optional_out
+@_from_key
 @_aad
 @click.pass_obj
-def decrypt(settings: Settings, source: str, target: str, aad: str) -> None:
+def decrypt(settings: Settings, source: str, target: str, from_key: str | None, aad: str) -> None:
     """Decrypt what encrypt made, raw or as base64 text; writes the plaintext as it was, byte for byte."""
-    context = _context(aad)
+    context = _context(aad, from_key, "--from-key")
     with connected(settings, API) as (client, _):
         content = read_bounded(stream_or_path(source), MAX_FRAME_BYTES, "use decrypt-file for a file of encrypt-file")
-        plaintext = client.decrypt(_ciphertext(content), context)
+        plaintext = client.decrypt(_ciphertext(content), context, source_key_id=from_key)
     path = stream_or_path(target)
     if path is not None:
         _write_file(settings, path, plaintext)
@@ -186,16 +190,17 @@ def encrypt_file(settings: Settings, source: str, target: str, key: str | None, 
 @command.command("decrypt-file", epilog=examples("kms-client decrypt-file --in docs.tar.mke --out - | tar x"))
 @_in
 @_out
+@_from_key
 @_aad
 @click.pass_obj
-def decrypt_file(settings: Settings, source: str, target: str, aad: str) -> None:
+def decrypt_file(settings: Settings, source: str, target: str, from_key: str | None, aad: str) -> None:
     """Decrypt a file of encrypt-file; the output appears only when all of it has proved authentic."""
-    context = _context(aad)
+    context = _context(aad, from_key, "--from-key")
     origin, destination = _streams(settings, source, target)
     with connected(settings, API) as (client, _), render.progress(origin, destination) as progress:
         from kms.client import files
 
-        files.decrypt_file(client, origin, destination, aad=context, progress=progress)
+        files.decrypt_file(client, origin, destination, source_key_id=from_key, aad=context, progress=progress)
     _say_written(settings, destination)
 
 
@@ -203,22 +208,29 @@ def decrypt_file(settings: Settings, source: str, target: str, aad: str) -> None
 @_in
 @_out
 @click.option("--key", metavar="NAME", required=True, help="Key group to move to, under its active version.")
+@_from_key
 @_aad
 @click.pass_obj
-def reencrypt(settings: Settings, source: str, target: str, key: str, aad: str) -> None:
-    """Move a file or ciphertext to another key, or to a rotated one's new version, without seeing the plaintext."""
+def reencrypt(settings: Settings, source: str, target: str, key: str, from_key: str | None, aad: str) -> None:
+    """Move a file or ciphertext to another key, or to a rotated one's new version, without seeing the plaintext.
+
+    The input says itself which group it is under. Where others can write it, give --from-key.
+    """
+    _context(aad, from_key, "--from-key")
     context = _context(aad, key)
     origin, destination = _streams(settings, source, target)
     with connected(settings, API) as (client, _), render.progress(origin, destination) as progress:
         from kms.client import files
 
-        files.reencrypt_file(client, origin, destination, key_id=key, aad=context, progress=progress)
+        files.reencrypt_file(
+            client, origin, destination, key_id=key, source_key_id=from_key, aad=context, progress=progress
+        )
     _say_written(settings, destination)
 
 
-def _context(aad: str, key: str | None = None) -> bytes:
+def _context(aad: str, key: str | None = None, option: str = "--key") -> bytes:
     if key is not None:
-        utf8("--key", key)
+        utf8(option, key)
     return utf8("--aad", aad)
 
 

@@ -143,21 +143,25 @@ class AsyncKmsClient:
         """As `KmsClient.encrypt`."""
         return await self._one(self._requests.encrypt(plaintext, key_id, aad))
 
-    async def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes:
+    async def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         """As `KmsClient.decrypt`."""
-        return await self._one(self._requests.decrypt(ciphertext, aad))
+        return await self._one(self._requests.decrypt(ciphertext, aad, source_key_id))
 
-    async def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"") -> bytes:
+    async def reencrypt(
+        self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None
+    ) -> bytes:
         """As `KmsClient.reencrypt`."""
-        return await self._one(self._requests.reencrypt(ciphertext, key_id, aad))
+        return await self._one(self._requests.reencrypt(ciphertext, key_id, aad, source_key_id))
 
     async def encrypt_many(self, plaintexts: Iterable[bytes], key_id: str | None = None, aad: bytes = b"") -> list[bytes]:
         """As `KmsClient.encrypt_many`."""
         return await self._run(self._requests.encrypt(plaintext, key_id, aad) for plaintext in plaintexts)
 
-    async def decrypt_many(self, ciphertexts: Iterable[bytes], aad: bytes = b"") -> list[bytes]:
+    async def decrypt_many(
+        self, ciphertexts: Iterable[bytes], aad: bytes = b"", *, source_key_id: str | None = None
+    ) -> list[bytes]:
         """As `KmsClient.decrypt_many`."""
-        return await self._run(self._requests.decrypt(ciphertext, aad) for ciphertext in ciphertexts)
+        return await self._run(self._requests.decrypt(ciphertext, aad, source_key_id) for ciphertext in ciphertexts)
 
     async def create_key_group(self, key_id: str) -> KeyGroupView:
         """As `KmsClient.create_key_group`."""

@@ -146,13 +146,21 @@ class KmsClient:
         """The ciphertext of a small secret (the whole request is at most 1 MiB by default)."""
         return self._one(self._requests.encrypt(plaintext, key_id, aad))
 
-    def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes:
-        """The plaintext; `DecryptionFailedError` whatever is wrong."""
-        return self._one(self._requests.decrypt(ciphertext, aad))
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        """The plaintext; `DecryptionFailedError` whatever is wrong.
 
-    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"") -> bytes:
-        """The same plaintext under `key_id`'s active version; the plaintext never leaves the server."""
-        return self._one(self._requests.reencrypt(ciphertext, key_id, aad))
+        A ciphertext names its key group itself. From somebody who might have chosen another one than was meant, take it
+        with `source_key_id`, the only group that it may name.
+        """
+        return self._one(self._requests.decrypt(ciphertext, aad, source_key_id))
+
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        """The same plaintext under `key_id`'s active version; the plaintext never leaves the server.
+
+        With `source_key_id` only if it was under that group: else whoever wrote it could have the secret of another moved
+        to where they may read it.
+        """
+        return self._one(self._requests.reencrypt(ciphertext, key_id, aad, source_key_id))
 
     def encrypt_many(self, plaintexts: Iterable[bytes], key_id: str | None = None, aad: bytes = b"") -> list[bytes]:
         """`encrypt` of each, in order and pipelined. On an error in one nothing is returned; the client stays usable.
@@ -161,9 +169,11 @@ class KmsClient:
         """
         return self._run(self._requests.encrypt(plaintext, key_id, aad) for plaintext in plaintexts)
 
-    def decrypt_many(self, ciphertexts: Iterable[bytes], aad: bytes = b"") -> list[bytes]:
+    def decrypt_many(
+        self, ciphertexts: Iterable[bytes], aad: bytes = b"", *, source_key_id: str | None = None
+    ) -> list[bytes]:
         """`decrypt` of each, in order and pipelined; as `encrypt_many`."""
-        return self._run(self._requests.decrypt(ciphertext, aad) for ciphertext in ciphertexts)
+        return self._run(self._requests.decrypt(ciphertext, aad, source_key_id) for ciphertext in ciphertexts)
 
     def create_key_group(self, key_id: str) -> KeyGroupView:
         """Make a key group with version 1 active. Needs the admin token, as do all below."""

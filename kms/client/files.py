@@ -45,9 +45,9 @@ class FileClient(Protocol):
 
     def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey: ...
 
-    def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes: ...
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes: ...
 
-    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"") -> bytes: ...
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes: ...
 
 
 def encrypt_file(
@@ -85,9 +85,15 @@ def encrypt_file(
 
 
 def decrypt_file(
-    client: FileClient, source: Source, target: Target, *, aad: bytes = b"", progress: Progress | None = None
+    client: FileClient,
+    source: Source,
+    target: Target,
+    *,
+    source_key_id: str | None = None,
+    aad: bytes = b"",
+    progress: Progress | None = None,
 ) -> None:
-    """Decrypt the MKE1 container `source` into `target`.
+    """Decrypt the MKE1 container `source` into `target`; with `source_key_id`, only one under that group.
 
     Raises `InputError` when the source is no container or ends inside its header, `DecryptionFailedError` when
     anything was altered or cut off, or `aad` is another; else as `encrypt_file`. Not one byte of plaintext is at
@@ -95,9 +101,7 @@ def decrypt_file(
     """
     with _opened_source(source, progress) as reader:
         wrapped_key = _read_wrapped_key(reader)
-        with _opened_target(target) as writer, Secret(bytearray(client.decrypt(wrapped_key, aad))) as key:
-            if len(key) != KEY_BYTES:
-                raise InputError("not an MKE1 file: its header holds something else than a data key")
+        with _opened_target(target) as writer, _data_key(client, wrapped_key, aad, source_key_id) as key:
             if isinstance(target, Path):
                 _decrypt_body(reader, key, aad, writer.write)
             else:
@@ -105,10 +109,27 @@ def decrypt_file(
             writer.commit()
 
 
+def _data_key(client: FileClient, wrapped_key: bytes, aad: bytes, source_key_id: str | None) -> Secret:
+    key = Secret(bytearray(client.decrypt(wrapped_key, aad, source_key_id=source_key_id)))
+    if len(key) != KEY_BYTES:
+        key.wipe()
+        raise ProtocolError(f"the server's data key does not have {KEY_BYTES} bytes")
+    return key
+
+
 def reencrypt_file(
-    client: FileClient, source: Source, target: Target, *, key_id: str, aad: bytes = b"", progress: Progress | None = None
+    client: FileClient,
+    source: Source,
+    target: Target,
+    *,
+    key_id: str,
+    source_key_id: str | None = None,
+    aad: bytes = b"",
+    progress: Progress | None = None,
 ) -> None:
-    """Put `source` under the active version of the group `key_id`.
+    """Put `source` under the active version of the group `key_id`; with `source_key_id`, only what is under that now.
+
+    Name it for files that others can write: the header of one says itself which group its key is under.
 
     Of an MKE1 container only the data key in the header is wrapped anew; the body is copied unchanged and not
     verified, as that takes the plaintext data key. Any other file is one ciphertext, raw or as base64 text, and is
@@ -121,13 +142,13 @@ def reencrypt_file(
         if start.startswith(container.MAGIC):
             wrapped_key = _read_wrapped_key(reader, start)
             with _opened_target(target) as writer:
-                writer.write(container.header(client.reencrypt(wrapped_key, key_id, aad)))
+                writer.write(container.header(client.reencrypt(wrapped_key, key_id, aad, source_key_id=source_key_id)))
                 _copy(reader, writer.write)
                 writer.commit()
         else:
             blob, encode = _one_ciphertext(start + reader.take(2 * MAX_FRAME_BYTES), reader.name)
             with _opened_target(target) as writer:
-                writer.write(encode(client.reencrypt(blob, key_id, aad)))
+                writer.write(encode(client.reencrypt(blob, key_id, aad, source_key_id=source_key_id)))
                 writer.commit()
 
 
@@ -244,6 +265,8 @@ def _read_wrapped_key(reader: _Reader, start: bytes | None = None) -> bytes:
     wrapped_key = reader.take(length)
     if len(wrapped_key) < length:
         raise InputError("not a whole MKE1 file: it ends inside its header")
+    if not container.is_wrapped_key(wrapped_key):
+        raise InputError("not an MKE1 file: its header holds something else than a data key")
     return wrapped_key
 
 

@@ -21,8 +21,18 @@ from typing import Final, Generic, TypeVar
 
 import msgspec
 
+from kms.core.ciphertext import group as ciphertext_group
 from kms.core.secret import Secret
-from kms.errors import ConfigError, FrameTooLargeError, InvalidRequestError, KmsError, ProtocolError, WireError, from_wire
+from kms.errors import (
+    ConfigError,
+    DecryptionFailedError,
+    FrameTooLargeError,
+    InvalidRequestError,
+    KmsError,
+    ProtocolError,
+    WireError,
+    from_wire,
+)
 from kms.limits import MAX_REPLY_BYTES, PIPELINE_DEPTH, READ_BYTES
 from kms.wire.framing import Framer
 from kms.wire.messages import (
@@ -50,6 +60,7 @@ from kms.wire.messages import (
     Request,
     RotateKeyGroup,
     encode,
+    group_of,
     is_request_id,
 )
 
@@ -116,11 +127,13 @@ class Requests:
         request = Encrypt(plaintext=plaintext, key_id=key_id, aad=aad or None)
         return self._call(request, _ciphertext)
 
-    def decrypt(self, ciphertext: bytes, aad: bytes) -> Call[bytes]:
-        return self._call(Decrypt(ciphertext=ciphertext, aad=aad or None), _plaintext)
+    def decrypt(self, ciphertext: bytes, aad: bytes, source_key_id: str | None = None) -> Call[bytes]:
+        _check_source(ciphertext, source_key_id)
+        return self._call(Decrypt(ciphertext=ciphertext, source_key_id=source_key_id, aad=aad or None), _plaintext)
 
-    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes) -> Call[bytes]:
-        request = ReEncrypt(ciphertext=ciphertext, key_id=key_id, aad=aad or None)
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes, source_key_id: str | None = None) -> Call[bytes]:
+        _check_source(ciphertext, source_key_id)
+        request = ReEncrypt(ciphertext=ciphertext, source_key_id=source_key_id, key_id=key_id, aad=aad or None)
         return self._call(request, _ciphertext)
 
     def create_key_group(self, key_id: str) -> Call[KeyGroupView]:
@@ -237,6 +250,12 @@ class Exchange(Generic[T]):
         self._has_more = False
         if self._error is None:
             self._error = error
+
+
+def _check_source(blob: bytes, source_key_id: str | None) -> None:
+    """Raise `DecryptionFailedError` unless `blob` names the group `source_key_id`: an older server would not look."""
+    if source_key_id is not None and ciphertext_group(blob) != group_of(source_key_id):
+        raise DecryptionFailedError
 
 
 def _detail(request_id: str | None, line: bytes) -> str:

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 from typing import Final
 
-from kms.errors import InputError
-from kms.limits import MAX_WRAPPED_KEY_BYTES
+from kms.core import ciphertext
+from kms.core.envelope import OVERHEAD_BYTES
+from kms.errors import DecryptionFailedError, InputError
+from kms.limits import KEY_BYTES, MAX_WRAPPED_KEY_BYTES
 
 MAGIC: Final = b"MKE1"
 FIXED_BYTES: Final = len(MAGIC) + 4
@@ -31,3 +33,16 @@ def wrapped_key_length(fixed: bytes) -> int:
     if not 1 <= length <= MAX_WRAPPED_KEY_BYTES:
         raise InputError("not a whole MKE1 file: its header is damaged")
     return length
+
+
+def is_wrapped_key(blob: bytes) -> bool:
+    """Whether `blob` has the form and the length of a wrapped data key: a ciphertext of 32 bytes.
+
+    Any other ciphertext has no place in a header. One that somebody put there would be opened, or moved to another
+    group, by whoever handles the file, for whom it need not be meant.
+    """
+    try:
+        name_bytes = len(ciphertext.group(blob).encode())
+    except DecryptionFailedError:
+        return False
+    return len(blob) == 2 + name_bytes + 8 + OVERHEAD_BYTES + KEY_BYTES

@@ -21,8 +21,11 @@ class MasterKeyProvider(Protocol):
         """A client ciphertext under the group's ACTIVE version; raises `InvalidRequestError` for an unknown group."""
         ...
 
-    def open(self, ciphertext: Ciphertext, aad: bytes) -> bytes:
-        """The plaintext; raises `DecryptionFailedError` whatever is wrong."""
+    def open(self, ciphertext: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
+        """The plaintext; raises `DecryptionFailedError` whatever is wrong, also when its group is not `only_of`.
+
+        To refuse takes as long, whatever the reason.
+        """
         ...
 
 

@@ -104,12 +104,17 @@ class Handlers:
         return self._returnable(sealed, aad, request)
 
     def decrypt(self, request: messages.Decrypt) -> Reply:
-        return messages.PlaintextReply(self._master_keys.open(ciphertext.parse(request.ciphertext), request.aad or b""))
+        return messages.PlaintextReply(self._opened(request))
 
     def re_encrypt(self, request: messages.ReEncrypt) -> Reply:
         aad = request.aad or b""
-        plaintext = self._master_keys.open(ciphertext.parse(request.ciphertext), aad)
-        return self._returnable(self._master_keys.seal(group_of(request.key_id), plaintext, aad), aad, request)
+        sealed = self._master_keys.seal(group_of(request.key_id), self._opened(request), aad)
+        return self._returnable(sealed, aad, request)
+
+    def _opened(self, request: messages.Decrypt | messages.ReEncrypt) -> bytes:
+        source = request.source_key_id
+        group = None if source is None else group_of(source)
+        return self._master_keys.open(ciphertext.parse(request.ciphertext), request.aad or b"", group)
 
     def _returnable(self, sealed: bytes, aad: bytes, request: Request) -> Reply:
         # A ciphertext is longer than its plaintext: one handed out must still fit into the request that opens it.

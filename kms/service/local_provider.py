@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from kms.core.ciphertext import Ciphertext
+from kms.core.envelope import EnvelopeKey
 from kms.core.provider import KeyringHolder
 from kms.errors import DecryptionFailedError, InvalidRequestError
+from kms.host.entropy import random_key
 
 
 class LocalMasterKeyProvider:
@@ -12,6 +14,8 @@ class LocalMasterKeyProvider:
 
     def __init__(self, holder: KeyringHolder) -> None:
         self._holder = holder
+        with random_key() as key:
+            self._nobodys = EnvelopeKey(key)
 
     def seal(self, group: str, plaintext: bytes, aad: bytes) -> bytes:
         """A client ciphertext under the group's ACTIVE version; raises `InvalidRequestError` for an unknown group."""
@@ -20,10 +24,13 @@ class LocalMasterKeyProvider:
             raise InvalidRequestError("keyId: no such key group")
         return found.active.key.seal(plaintext, aad, found.active.ciphertext_header)
 
-    def open(self, ciphertext: Ciphertext, aad: bytes) -> bytes:
-        """The plaintext; raises `DecryptionFailedError` whatever is wrong."""
+    def open(self, ciphertext: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
+        """The plaintext; raises `DecryptionFailedError` whatever is wrong, also when its group is not `only_of`."""
         found = self._holder.current.groups.get(ciphertext.group)
         version = None if found is None else found.versions.get(ciphertext.version)
-        if version is None or version.key is None or not version.decrypts:
-            raise DecryptionFailedError
-        return version.key.open(ciphertext.envelope, aad)
+        if version is not None and version.key is not None and version.decrypts and only_of in (None, ciphertext.group):
+            return version.key.open(ciphertext.envelope, aad)
+        # Opened under a key that nobody has: how long a refusal takes does not tell an unknown, disabled or destroyed
+        # version from a wrong tag.
+        self._nobodys.open(ciphertext.envelope, aad)
+        raise DecryptionFailedError

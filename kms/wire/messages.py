@@ -69,12 +69,15 @@ class Encrypt(DataRequest, tag="Encrypt", rename="camel", kw_only=True):
 class Decrypt(DataRequest, tag="Decrypt", rename="camel", kw_only=True):
     operation: ClassVar[Operation] = Operation.DECRYPT
     ciphertext: bytes
+    source_key_id: str | None = None
+    """The only group that the ciphertext may name: whoever wrote it has chosen which."""
     aad: bytes | None = None
 
 
 class ReEncrypt(DataRequest, tag="ReEncrypt", rename="camel", kw_only=True):
     operation: ClassVar[Operation] = Operation.RE_ENCRYPT
     ciphertext: bytes
+    source_key_id: str | None = None
     key_id: str | None = None
     aad: bytes | None = None
 

@@ -26,7 +26,8 @@ from unittest import mock
 from kms import limits
 from kms.client import files
 from kms.client.protocol import DataKey
-from kms.core import audit, ciphertext, derive
+from kms.core import audit, derive
+from kms.core import ciphertext as ciphertexts
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import (
@@ -140,7 +141,7 @@ def _made_world() -> World:
             assert version.key is not None
             plaintext = f"plaintext of {group.key_id} v{version.version}".encode()
             opens[version.key.seal(plaintext, AAD, version.ciphertext_header)] = plaintext
-    shut = [blob for blob in opens if ciphertext.parse(blob)[:2] in (("billing", 1), ("billing", 2))]
+    shut = [blob for blob in opens if ciphertexts.parse(blob)[:2] in (("billing", 1), ("billing", 2))]
     for change in (DestroyVersion("billing", 1), DisableVersion("billing", 2)):
         holder.current = keyring = apply(keyring, change, now=1_700_000_001, mint=mint)
     for blob in shut:
@@ -244,11 +245,11 @@ class _LocalClient:
         key = os.urandom(limits.KEY_BYTES)
         return DataKey(key, world().provider.seal(key_id or "default", key, aad))
 
-    def decrypt(self, ciphertext_: bytes, aad: bytes = b"") -> bytes:
-        return world().provider.open(ciphertext.parse(ciphertext_), aad)
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        return world().provider.open(ciphertexts.parse(ciphertext), aad, source_key_id)
 
-    def reencrypt(self, ciphertext_: bytes, key_id: str, aad: bytes = b"") -> bytes:
-        return world().provider.seal(key_id, self.decrypt(ciphertext_, aad), aad)
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        return world().provider.seal(key_id, self.decrypt(ciphertext, aad, source_key_id=source_key_id), aad)
 
 
 @cache

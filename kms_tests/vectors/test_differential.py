@@ -117,12 +117,12 @@ class _Client:
     def wrap(self, aad: bytes) -> bytes:
         return independent.ciphertext("default", 1, independent.seal(self._kek, self._nonce, self._data_key, aad))
 
-    def decrypt(self, ciphertext: bytes, aad: bytes = b"") -> bytes:
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         group, version, envelope = independent.take_apart(ciphertext)
         assert (group, version) == ("default", 1)
         return independent.unseal(self._kek, envelope, aad)
 
-    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"") -> bytes:
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         raise NotImplementedError
 
 
