@@ -142,6 +142,12 @@ class SaveOutcomeUnknownError(KmsError):
     exit_code = EXIT_INTERNAL
 
 
+class KeystoreReplacedError(KmsError):
+    """The keystore on disk is not the one that was saved here last, or its lock is gone. It is not saved over."""
+
+    exit_code = EXIT_LOCKED
+
+
 class SecretFileError(KmsError):
     """A file of secrets is not private: wrong owner, mode or kind. The message names the command that mends it."""
 

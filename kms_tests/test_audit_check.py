@@ -156,7 +156,7 @@ def test_a_change_that_failed_leaves_it_authentic_under_the_old_one(install: Ins
 
 def _only_for(path: Path, otherwise: Callable[..., None]) -> Callable[..., None]:
     real = durable.write_file
-    return lambda target, data: real(target, data) if target == path else otherwise()
+    return lambda target, data, *_: real(target, data) if target == path else otherwise()
 
 
 def test_an_older_keystore_is_named_with_both_generations(install: Install) -> None:

@@ -71,7 +71,7 @@ class Server:
                 thread.start()
 
         self.secrets = [Secret(bytearray(value)) for value in (word, b"api", b"admin")]
-        status = daemon.run(self.config(**flags), *self.secrets, parameters=TINY, say=say)
+        status = daemon.run(self.config(**flags), *self.secrets, say=say, makes_with=TINY)
         thread.join()
         if self.failure is not None:
             raise self.failure

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -239,3 +241,40 @@ def test_an_output_that_cannot_be_looked_at_is_a_system_error(data: Path) -> Non
     (data / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="symbolic links"):
         durable.replaceable(data / "loop")
+
+
+def test_a_directory_that_cannot_be_synced_is_no_failure_but_a_disk_that_fails_is(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.fsync
+
+    def failing(number: int) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+                raise OSError(number, os.strerror(number))
+            real(descriptor)
+
+        return fsync
+
+    monkeypatch.setattr(os, "fsync", failing(errno.EINVAL))
+    durable.write_file(path, b"whole")
+    durable.sync_names(path.parent)
+    monkeypatch.setattr(os, "fsync", failing(errno.EIO))
+    with pytest.raises(durable.RenameError):
+        durable.write_file(path, b"new")
+    with pytest.raises(OSError, match="Input/output"):
+        durable.sync_names(path.parent)
+
+
+def test_the_last_look_comes_right_before_the_rename_and_can_end_it(path: Path) -> None:
+    path.write_bytes(b"old")
+
+    def look() -> None:
+        assert path.read_bytes() == b"old"
+        assert [other.read_bytes() for other in durable.temp_files(path)] == [b"new"]
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        durable.write_file(path, b"new", look)
+    assert path.read_bytes() == b"old"
+    assert not durable.temp_files(path)

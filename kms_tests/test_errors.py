@@ -18,7 +18,7 @@ EXITS = [
     (69, ["ServerUnreachableError", "UnavailableError"]),
     (70, ["InternalError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
     (74, ["SaveFailedError", "FileAccessError"]),
-    (75, ["KeystoreLockedError"]),
+    (75, ["KeystoreLockedError", "KeystoreReplacedError"]),
     (77, ["AuthFailedError", "UnauthorizedError", "SecretFileError", "UnknownServerError"]),
 ]
 CODES: dict[str, type[WireError]] = {

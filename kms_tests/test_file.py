@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -22,6 +22,7 @@ from kms.errors import (
     InputMissingError,
     KeystoreError,
     KeystoreLockedError,
+    KeystoreReplacedError,
     SaveFailedError,
     SaveOutcomeUnknownError,
     SecretFileError,
@@ -51,9 +52,23 @@ def made(path: Path, tiny: KdfParameters) -> Path:
     return path
 
 
+class _Held:
+    """In the place of a lock that is held for as long as a keystore is used."""
+
+    def __init__(self, keystore: Path) -> None:
+        self.keystore = keystore
+
+    def is_held(self) -> bool:
+        return True
+
+
 def _load(path: Path, passphrase: bytes = b"correct horse") -> tuple[Keystore, Keyring]:
+    return file.load(cast(KeystoreLock, _Held(path)), _secret(passphrase))
+
+
+def _locked(path: Path) -> None:
     with KeystoreLock(path) as lock:
-        return file.load(lock, _secret(passphrase))
+        file.load(lock, _secret())
 
 
 def _rotated(keystore: Keystore, keyring: Keyring) -> Keyring:
@@ -380,6 +395,133 @@ def test_a_save_that_fails_before_the_rename_changes_nothing_and_the_next_one_wo
     assert _load(made)[1] == saved
 
 
+def test_what_fails_at_each_size_that_a_load_refuses_is_refused_by_a_save(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keystore, keyring = _load(made)
+    before = made.read_bytes()
+    rotated = _rotated(keystore, keyring)
+    monkeypatch.setattr(file, "MAX_KEYSTORE_BYTES", len(before))
+    with pytest.raises(SaveFailedError, match="larger than any keystore; nothing was changed"):
+        keystore.save(rotated)
+    assert made.read_bytes() == before
+    assert _load(made)[1] == keyring
+
+
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EXDEV])
+def test_a_rename_that_is_refused_at_once_has_changed_nothing_and_the_next_save_works(
+    number: int, made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keystore, keyring = _load(made)
+    before = made.read_bytes()
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", refuse)
+        with pytest.raises(SaveFailedError, match="nothing was changed") as caught:
+            keystore.save(_rotated(keystore, keyring))
+    assert ("mount its directory instead" in str(caught.value)) == (number in (errno.EBUSY, errno.EXDEV))
+    assert made.read_bytes() == before
+    assert not durable.temp_files(made)
+    keystore.save(_rotated(keystore, keyring))
+
+
+def test_nothing_is_saved_over_what_another_has_put_there(made: Path) -> None:
+    keystore, keyring = _load(made)
+    ours = made.read_bytes()
+    others = ours.replace(b'"generation":1', b'"generation":2')
+    for put in (
+        lambda: made.write_bytes(others),
+        lambda: (made.with_name("other").write_bytes(others), made.with_name("other").replace(made)),
+        lambda: made.write_bytes(ours[:-1]),
+    ):
+        made.write_bytes(ours)
+        made.chmod(0o600)
+        keystore, keyring = _load(made)
+        put()
+        made.chmod(0o600)
+        there = made.read_bytes()
+        with pytest.raises(KeystoreReplacedError, match=r"exchanged it\. Nothing was saved") as caught:
+            keystore.save(_rotated(keystore, keyring))
+        assert caught.value.exit_code == 75
+        assert made.read_bytes() == there
+        assert not durable.temp_files(made)
+
+
+def test_nothing_is_saved_where_the_keystore_was_removed(made: Path) -> None:
+    keystore, keyring = _load(made)
+    made.unlink()
+    with pytest.raises(KeystoreReplacedError, match="removed it"):
+        keystore.save(_rotated(keystore, keyring))
+    assert not made.exists()
+
+
+def test_a_backup_that_leaves_the_content_as_it_is_is_no_reason_to_stop(made: Path) -> None:
+    keystore, keyring = _load(made)
+    os.link(made, made.with_name("backup"))
+    first = _rotated(keystore, keyring)
+    keystore.save(first)
+    os.utime(made, (1, 1))
+    copy = made.with_name("copy")
+    copy.write_bytes(made.read_bytes())
+    copy.chmod(0o600)
+    copy.replace(made)
+    keystore.save(_rotated(keystore, first))
+    assert _load(made)[1].generation == first.generation + 1
+
+
+def test_nothing_is_saved_without_the_lock_that_others_would_have_to_take(made: Path, tiny: KdfParameters) -> None:
+    lock_file = made.with_name("keystore.json.lock")
+    with KeystoreLock(made) as lock:
+        keystore, keyring = file.load(lock, _secret())
+        lock_file.unlink()
+        with pytest.raises(KeystoreReplacedError, match=r"lock of .* was removed or exchanged"):
+            keystore.save(_rotated(keystore, keyring))
+        with KeystoreLock(made) as another:
+            second, theirs = file.load(another, _secret())
+            second.save(_rotated(second, theirs))
+            with pytest.raises(KeystoreReplacedError):
+                keystore.save(_rotated(keystore, keyring))
+            saved = _load(made)[1]
+            assert saved.generation == keyring.generation + 1
+
+
+def test_a_new_keystore_is_not_put_over_one_that_came_meanwhile(path: Path, tiny: KdfParameters) -> None:
+    real = durable.write_file
+
+    def raced(*arguments: Any) -> None:
+        path.write_bytes(b"another")
+        real(*arguments)
+
+    with KeystoreLock(path) as lock, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(durable, "write_file", raced)
+        with pytest.raises(KeystoreReplacedError):
+            file.initialise(lock, _secret(), now=NOW, parameters=tiny)
+    assert path.read_bytes() == b"another"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "keystore.json.usage",
+        "keystore.json.v2",
+        "keystore.json.v2.3",
+        "audit.log",
+        "audit.log.head",
+        ".keystore.json.tmp-0011",
+    ],
+)
+def test_what_an_earlier_keystore_has_left_is_a_trace_of_it(name: str, path: Path) -> None:
+    audit_log = path.with_name("audit.log")
+    path.with_name("keystore.json.lock").touch()
+    assert file.trace_of_another(path, audit_log) is None
+    path.with_name(name).touch()
+    assert file.trace_of_another(path, audit_log) == path.with_name(name)
+    assert file.trace_of_another(path.parent / "no" / "such" / "directory", path.parent / "no" / "audit.log") is None
+
+
 def test_the_outcome_of_a_save_that_fails_at_the_rename_is_unknown(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keystore, keyring = _load(made)
     with monkeypatch.context() as patch:
@@ -491,7 +633,7 @@ def test_a_change_on_an_altered_keystore_changes_nothing(made: Path, tiny: KdfPa
 
 @pytest.mark.parametrize(
     "attempt",
-    [lambda p, t: _load(p), lambda p, t: _change(p, b"correct horse", b"new", t)],
+    [lambda p, t: _locked(p), lambda p, t: _change(p, b"correct horse", b"new", t)],
     ids=["load", "change_passphrase"],
 )
 def test_nothing_is_done_to_a_keystore_that_is_locked(

@@ -26,6 +26,9 @@ def environment(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(prompt, "TERMINAL", str(data / "no-tty"))
     for name, value in (("PASSPHRASE", "hunter2"), ("API_TOKEN", "api"), ("ADMIN_TOKEN", "admin")):
         monkeypatch.setenv(f"MINIKMS_{name}", value)
+    (data / "mini-kms").mkdir(mode=0o700)
+    for keystore in (data / "mini-kms" / "keystore.json", data / "ks.json"):
+        keystore.touch(0o600)
 
 
 @pytest.fixture
@@ -86,8 +89,9 @@ def test_equal_tokens_are_refused(
 def test_the_passphrase_is_typed_twice_on_the_first_run_only(
     exists: bool, started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if exists:
-        (data / "ks.json").touch()
+    if not exists:
+        (data / "ks.json").unlink()
+    monkeypatch.delenv("MINIKMS_PASSPHRASE")
     twice: dict[str, bool] = {}
 
     def obtain(name: str, *_: object, new: bool = False) -> Secret:
@@ -97,6 +101,34 @@ def test_the_passphrase_is_typed_twice_on_the_first_run_only(
     monkeypatch.setattr(cli, "obtain", obtain)
     assert main(["--keystore", str(data / "ks.json")]) == 7
     assert twice == {"API token": False, "admin token": False, "passphrase": not exists}
+
+
+@pytest.mark.parametrize("how", ["environment", "file", "credential"])
+def test_a_start_that_nobody_watches_makes_no_keystore(
+    how: str, started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (data / "ks.json").unlink()
+    if how != "environment":
+        monkeypatch.delenv("MINIKMS_PASSPHRASE")
+        (data / "passphrase").write_text("hunter2")
+        (data / "passphrase").chmod(0o600)
+        variable = "CREDENTIALS_DIRECTORY" if how == "credential" else "MINIKMS_PASSPHRASE_FILE"
+        monkeypatch.setenv(variable, str(data if how == "credential" else data / "passphrase"))
+    assert main(["--keystore", str(data / "ks.json")]) == 66
+    assert "Is its disk mounted? For a first start make one: kms-admin init" in capsys.readouterr().err
+    assert started == []
+    assert not (data / "ks.json").exists()
+
+
+def test_a_first_run_where_there_was_a_keystore_makes_none_either(
+    started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MINIKMS_PASSPHRASE")
+    (data / "ks.json").unlink()
+    (data / "ks.json.usage").touch()
+    assert main(["--keystore", str(data / "ks.json")]) == 66
+    assert "ks.json.usage is left of it" in capsys.readouterr().err
+    assert started == []
 
 
 def test_tokens_come_from_files(started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,6 +232,7 @@ def destroy_version(settings: Settings, key: str, version: int, *, yes: bool) ->
 @click.option("--token-file", type=PATH, metavar="PATH", help="[MINIKMS_API_TOKEN_FILE or <data>/api.token]")
 @click.option("--admin-token-file", type=PATH, metavar="PATH", help="[MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]")
 @_passphrase_file
+@click.option("--keystore-only", is_flag=True, help="Make no tokens: they come from elsewhere.")
 @click.pass_obj
 def init(
     settings: Settings,
@@ -239,10 +240,12 @@ def init(
     token_file: str | None,
     admin_token_file: str | None,
     passphrase_file: str | None,
+    *,
+    keystore_only: bool,
 ) -> None:
     """Make the data directory, two fresh tokens and a keystore with the group `default`.
 
-    Needs no server. If any of them is there already, nothing is touched.
+    Needs no server. If any of them is there already, or anything that an earlier keystore has left, nothing is touched.
     """
     config = resolve(
         {
@@ -257,19 +260,38 @@ def init(
     tokens = (config.token_file or data / API.file_name, config.admin_token_file or data / ADMIN.file_name)
     if len({config.keystore, *tokens}) != 1 + len(tokens):
         raise ConfigError("keystore, token file and admin token file must be three files; name another")
-    for path in (config.keystore, *tokens):
+    from kms.storage.file import trace_of_another
+
+    trace = None if os.path.lexists(config.keystore) else trace_of_another(config.keystore, config.audit.path)
+    if trace is not None:
+        raise ConfigError(
+            f"there was a keystore at {config.keystore}: {trace} is left of it. Nothing was changed; put the keystore "
+            "back, or move all of that away"
+        )
+    made = (config.keystore,) if keystore_only else (config.keystore, *tokens)
+    for path in made:
         if os.path.lexists(path):
             raise ConfigError(f"{path} exists already and nothing was changed; move it away, or just start kms-server")
     with _passphrase(config, new=True) as passphrase:
-        _make(config.keystore, tokens, passphrase)
+        _make(config.keystore, () if keystore_only else tokens, passphrase)
+    if keystore_only:
+        if settings.json:
+            render.document(keystore=str(config.keystore))
+        else:
+            render.text(f"keystore     {config.keystore}")
+            render.text(_KEEP_IT_SAFE)
+        return
     if settings.json:
         render.document(keystore=str(config.keystore), tokenFile=str(tokens[0]), adminTokenFile=str(tokens[1]))
         return
     render.text(f"keystore     {config.keystore}")
     render.text(f"API token    {tokens[0]}")
     render.text(f"admin token  {tokens[1]}")
-    render.text("Keep the passphrase safe: without it nothing can be decrypted, and nobody can recover it.")
+    render.text(_KEEP_IT_SAFE)
     render.text("Next: start kms-server, then try: kms-client health")
+
+
+_KEEP_IT_SAFE: Final = "Keep the passphrase safe: without it nothing can be decrypted, and nobody can recover it."
 
 
 def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:

@@ -20,7 +20,7 @@ from kms.cli.options import ADMIN, API, PATH, Plane, epilog, version_option
 from kms.cli.prompt import obtain
 from kms.cli.run import run, stop_signals_raise
 from kms.core.secret import Secret
-from kms.errors import ConfigError
+from kms.errors import ConfigError, InputMissingError
 from kms.host.hardening import forbid_dumps
 from kms.server.config import LOG_FORMATS, ServerConfig, log_format, resolve
 
@@ -89,9 +89,9 @@ def command(voice: Voice, /, **flags: Any) -> int:
     SIGHUP reads the file of principals again; what cannot be used changes nothing. It also begins a new audit log where
     the old one was renamed.
 
-    A first run makes the keystore. Secrets are never flags: MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and
-    MINIKMS_ADMIN_TOKEN win over the files; what neither gives is asked for. <data> is $XDG_DATA_HOME/mini-kms or
-    ~/.mini-kms; kms-admin init fills it.
+    A first run at a terminal makes the keystore; anywhere else kms-admin init has to. Secrets are never flags:
+    MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and MINIKMS_ADMIN_TOKEN win over the files; what neither gives is asked for.
+    <data> is $XDG_DATA_HOME/mini-kms or ~/.mini-kms; kms-admin init fills it.
     """
     voice.use(log_format(flags, os.environ))
     config = resolve(flags, os.environ)
@@ -102,7 +102,8 @@ def command(voice: Voice, /, **flags: Any) -> int:
         logging.basicConfig(handlers=[handler], level=logging.INFO)
         # Only until the daemon runs: it has its own way to stop.
         with stop_signals_raise():
-            api, admin, passphrase = _secrets(config, secrets)
+            makes_keystore = _is_first_run(config)
+            api, admin, passphrase = _secrets(config, secrets, new=makes_keystore)
         # To the daemon it means to reload; nor may one kill it that comes before it listens for signals, or after.
         secrets.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
         from kms.core.derive import KdfParameters
@@ -113,19 +114,41 @@ def command(voice: Voice, /, **flags: Any) -> int:
             passphrase,
             api,
             admin,
-            parameters=KdfParameters(),
             say=lambda text: lines.write(voice.line(logging.INFO, text)),
+            makes_with=KdfParameters() if makes_keystore else None,
         )
 
 
-def _secrets(config: ServerConfig, wiped: contextlib.ExitStack) -> tuple[Secret, Secret, Secret]:
+def _is_first_run(config: ServerConfig) -> bool:
+    """Whether a keystore is to be made: none is there, nor a trace of one, and a person types its passphrase.
+
+    Nobody reads what a server says that a service manager starts. Where the disk with its keystore is not mounted, it
+    would make another, serve, and encrypt under keys that are in nobody's backup. Raises `InputMissingError`.
+    """
+    if os.path.lexists(config.keystore):
+        return False
+    from kms.storage.file import trace_of_another
+
+    trace = trace_of_another(config.keystore, config.audit.path)
+    if trace is not None:
+        raise InputMissingError(
+            f"there is no keystore at {config.keystore}, but there was one: {trace} is left of it. Put it back, or move "
+            "all of that away"
+        )
+    if os.environ.get("MINIKMS_PASSPHRASE") or config.passphrase_file is not None:
+        raise InputMissingError(
+            f"there is no keystore at {config.keystore}. Is its disk mounted? For a first start make one: kms-admin init"
+        )
+    return True
+
+
+def _secrets(config: ServerConfig, wiped: contextlib.ExitStack, *, new: bool) -> tuple[Secret, Secret, Secret]:
     api = wiped.enter_context(_token(API, config))
     admin = wiped.enter_context(_token(ADMIN, config))
     if hmac.compare_digest(_digest(api), _digest(admin)):
         raise ConfigError("the API token and the admin token are the same; give each plane its own")
-    is_first_run = not os.path.lexists(config.keystore)
     passphrase = wiped.enter_context(
-        obtain("passphrase", "MINIKMS_PASSPHRASE", config.passphrase_file, "--passphrase-file", new=is_first_run)
+        obtain("passphrase", "MINIKMS_PASSPHRASE", config.passphrase_file, "--passphrase-file", new=new)
     )
     return api, admin, passphrase
 

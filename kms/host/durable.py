@@ -4,16 +4,18 @@
     -> fsync the directory
 
 Without the first fsync a power cut can leave the new name on an empty file; without the second, the old file. Before
-the rename nothing has happened to what was there; at and after it the outcome of a failure is unknown, which is why
-the two are told apart.
+the rename nothing has happened to what was there, nor has it when the system refuses to rename at all; after it, and
+when the disk fails in the middle, the outcome is unknown, which is why the two are told apart.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import stat
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -25,6 +27,10 @@ TEMP_MARK: Final = ".tmp-"
 
 class RenameError(OSError):
     """The rename, or the fsync of the directory after it, failed: either file may be the one that stays."""
+
+
+_REFUSED_AT_ONCE: Final = {errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EXDEV, errno.EISDIR, errno.ENOTDIR}
+"""What rename(2) says before it has done anything: a file that may not be changed, a mount point, another file system."""
 
 
 class DurableFile:
@@ -46,22 +52,35 @@ class DurableFile:
                 with rest[written:] as unwritten:
                     written += os.write(self._descriptor, unwritten)
 
-    def commit(self) -> None:
-        """Make it durable under its name. `OSError` when it failed before the rename, `RenameError` at or after it."""
+    def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
+        """Make it durable under its name. `OSError` when it failed before the rename, `RenameError` at or after it.
+
+        `last_look` is called right before the rename, and ends it by whatever it raises.
+        """
         os.fsync(self._descriptor)
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
         # Opened before the rename: where no descriptor is free, nothing has happened yet.
         directory = os.open(self._path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
-            self._temp.rename(self._path)
-            self._committed = True
-            fsync_directory(directory)
-        except OSError as error:
-            raise RenameError(error.errno, error.strerror, str(self._path)) from error
+            last_look()
+            self._rename()
+            try:
+                fsync_directory(directory)
+            except OSError as error:
+                raise RenameError(error.errno, error.strerror, str(self._path)) from error
         finally:
             with contextlib.suppress(OSError):
                 os.close(directory)
+
+    def _rename(self) -> None:
+        try:
+            self._temp.rename(self._path)
+        except OSError as error:
+            if error.errno in _REFUSED_AT_ONCE:
+                raise
+            raise RenameError(error.errno, error.strerror, str(self._path)) from error
+        self._committed = True
 
     def __enter__(self) -> Self:
         return self
@@ -93,23 +112,32 @@ def replaceable(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
-    """`data` durably under `path`, replacing what is there; errors as for `DurableFile.commit`."""
+def write_file(path: Path, data: bytes | bytearray | memoryview, last_look: Callable[[], None] = lambda: None) -> None:
+    """`data` durably under `path`, replacing what is there; `last_look` and errors as for `DurableFile.commit`."""
     with DurableFile(path) as file:
         file.write(data)
-        file.commit()
+        file.commit(last_look)
 
 
 def remove_stale_temp_files(path: Path) -> None:
     """Remove what writers of `path` that were killed have left. Call it only under a lock that excludes live ones."""
-    for leftover in path.parent.iterdir():
-        if leftover.name.startswith(f".{path.name}{TEMP_MARK}"):
-            leftover.unlink(missing_ok=True)
+    for leftover in temp_files(path):
+        leftover.unlink(missing_ok=True)
+
+
+def temp_files(path: Path) -> list[Path]:
+    """What writers of `path` have under way, or have left when they were killed. Raises `OSError`."""
+    return [other for other in path.parent.iterdir() if other.name.startswith(f".{path.name}{TEMP_MARK}")]
 
 
 def fsync_directory(descriptor: int) -> None:
-    """Make the names in an open directory durable."""
-    os.fsync(descriptor)
+    """Make the names in an open directory durable, where its file system can."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # Some network file systems know no fsync of a directory: there the names are as durable as the server makes them.
+        if error.errno != errno.EINVAL:
+            raise
 
 
 def sync_names(path: Path) -> None:

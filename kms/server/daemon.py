@@ -21,7 +21,7 @@ import trio
 from kms.core.derive import KdfParameters
 from kms.core.keyring import Keyring
 from kms.core.secret import Secret
-from kms.errors import EXIT_INTERNAL, EXIT_OK, SaveOutcomeUnknownError
+from kms.errors import EXIT_INTERNAL, EXIT_LOCKED, EXIT_OK, KeystoreReplacedError, SaveOutcomeUnknownError
 from kms.host import hardening, package
 from kms.limits import DRAIN_TIMEOUT
 from kms.server.config import ServerConfig
@@ -57,19 +57,24 @@ def run(
     api_token: Secret,
     admin_token: Secret,
     *,
-    parameters: KdfParameters,
     say: Say,
+    makes_with: KdfParameters | None = None,
 ) -> int:
     """Run the server until SIGINT or SIGTERM; returns the exit status. The three secrets are wiped.
 
-    `parameters` are the KDF costs of a keystore that has yet to be made; `say` takes a line for the person who started
-    it. Raises a `KmsError` when it cannot start.
+    A keystore that is missing is made, at the KDF costs `makes_with`, only where these are given; `say` takes a line for
+    the person who started it. Raises a `KmsError` when it cannot start.
     """
-    return trio.run(_main, config, passphrase, api_token, admin_token, parameters, say)
+    return trio.run(_main, config, passphrase, api_token, admin_token, say, makes_with)
 
 
 async def _main(
-    config: ServerConfig, passphrase: Secret, api_token: Secret, admin_token: Secret, parameters: KdfParameters, say: Say
+    config: ServerConfig,
+    passphrase: Secret,
+    api_token: Secret,
+    admin_token: Secret,
+    say: Say,
+    makes_with: KdfParameters | None,
 ) -> int:
     received = trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     with received as signals, passphrase, api_token, admin_token:
@@ -84,7 +89,7 @@ async def _main(
         meters = _meters(config)
         lock = KeystoreLock(config.keystore)
         with lock:
-            keystore, keyring = await trio.to_thread.run_sync(_unlock, lock, passphrase, parameters, say)
+            keystore, keyring = await trio.to_thread.run_sync(_unlock, lock, passphrase, say, makes_with)
             passphrase.wipe()
             try:
                 service = await _service(config, keystore, keyring, access, meters)
@@ -97,11 +102,11 @@ async def _main(
                 keystore.wipe()
 
 
-def _unlock(lock: KeystoreLock, passphrase: Secret, parameters: KdfParameters, say: Say) -> tuple[Keystore, Keyring]:
-    if os.path.lexists(lock.keystore):
+def _unlock(lock: KeystoreLock, passphrase: Secret, say: Say, makes_with: KdfParameters | None) -> tuple[Keystore, Keyring]:
+    if makes_with is None or os.path.lexists(lock.keystore):
         return load(lock, passphrase)
     say(f"making a new keystore at {lock.keystore}")
-    return initialise(lock, passphrase, now=int(time.time()), parameters=parameters)
+    return initialise(lock, passphrase, now=int(time.time()), parameters=makes_with)
 
 
 def _meters(config: ServerConfig) -> Meters | None:
@@ -161,6 +166,9 @@ class Daemon:
         except* SaveOutcomeUnknownError:
             # The actor has logged it. What is on disk is not known, so nothing more may be answered from memory.
             status = EXIT_INTERNAL
+        except* KeystoreReplacedError:
+            # Logged, too. Whose keys are on disk now is for a person to find out.
+            status = EXIT_LOCKED
         return status
 
     async def _serve(

@@ -34,7 +34,14 @@ from kms.core.keyring import (
     transition,
 )
 from kms.core.provider import Permit
-from kms.errors import InternalError, KmsError, SaveFailedError, SaveOutcomeUnknownError, UnavailableError
+from kms.errors import (
+    InternalError,
+    KeystoreReplacedError,
+    KmsError,
+    SaveFailedError,
+    SaveOutcomeUnknownError,
+    UnavailableError,
+)
 from kms.limits import GROUP_COMMIT_MAX
 
 log: Final = logging.getLogger(__name__)
@@ -50,7 +57,7 @@ class KeyringStore(Protocol):
         """Blocking and durable.
 
         Raises `SaveFailedError` or `UnavailableError` when nothing was changed, `SaveOutcomeUnknownError` when it may have
-        been.
+        been, `KeystoreReplacedError` when what is there is not this server's any more.
         """
         ...
 
@@ -103,7 +110,9 @@ class KeyringActor:
         self._send.close()
 
     async def run(self) -> None:
-        """Serve until `close`. Raises `SaveOutcomeUnknownError`, after which nothing may be answered any more.
+        """Serve until `close`.
+
+        Raises `SaveOutcomeUnknownError` or `KeystoreReplacedError`, after which nothing may be answered any more.
 
         Shielded: a cancelled server must not cancel a save whose client was promised an answer.
         """
@@ -165,7 +174,7 @@ class KeyringActor:
                 submission.answer = _answer_to_all(error)
             log.error("%s", error)  # noqa: TRY400 - the message says it all; a traceback belongs to a bug
             _wipe_dropped(touched, saved, self.current)
-            if isinstance(error, SaveOutcomeUnknownError):
+            if isinstance(error, (SaveOutcomeUnknownError, KeystoreReplacedError)):
                 raise
             return
         except BaseException:
@@ -184,6 +193,8 @@ def _answer_to_all(error: KmsError) -> KmsError:
         return error
     if isinstance(error, SaveFailedError):
         return InternalError("the keystore could not be saved; nothing was changed")
+    if isinstance(error, KeystoreReplacedError):
+        return InternalError("the keystore is not this server's any more; nothing was changed, and it stops")
     return InternalError("the outcome of the save is unknown; the server stops")
 
 

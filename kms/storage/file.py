@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
@@ -19,6 +21,7 @@ from kms.errors import (
     InputMissingError,
     KeystoreError,
     KeystoreLockedError,
+    KeystoreReplacedError,
     KmsError,
     SaveFailedError,
     SaveOutcomeUnknownError,
@@ -28,7 +31,7 @@ from kms.host.entropy import random_key
 from kms.host.private import make_private_directory, open_private
 from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEPT_KEYSTORES, MAX_KEYSTORE_BYTES
 from kms.storage import document, legacy, usage_file
-from kms.storage.audit_log import handing_over
+from kms.storage.audit_log import handing_over, head_path
 from kms.storage.document import KdfHeader, RootKeys
 
 KeyFactory = Callable[[], Secret]
@@ -45,6 +48,7 @@ class KeystoreLock:
         self.keystore: Final = keystore
         make_private_directory(keystore.parent)
         path = keystore.with_name(keystore.name + ".lock")
+        self._path = path
         try:
             self._descriptor = locking.hold(path)
         except locking.LockHeldError as error:
@@ -60,6 +64,10 @@ class KeystoreLock:
             os.close(self._descriptor)
             raise FileAccessError(f"cannot write to the directory {keystore.parent}: {error.strerror}") from error
 
+    def is_held(self) -> bool:
+        """Whether it is still the lock that others would have to take."""
+        return locking.is_held(self._path, self._descriptor)
+
     def close(self) -> None:
         # It is released all the same, and must not make a failure of what was done under it.
         with contextlib.suppress(OSError):
@@ -72,12 +80,60 @@ class KeystoreLock:
         self.close()
 
 
+class _LastLook:
+    """What was at a keystore's path when it was last read or written, to be looked at again before the next save.
+
+    A lock holds only those who ask for it, and only for as long as its file has its name. Who removes it, or puts
+    another keystore in the place of this one, has a second server's keys there, or a backup's: saved over, they are lost.
+    """
+
+    def __init__(self, lock: KeystoreLock, content: bytes | None) -> None:
+        """`content` is what the file holds; None where there has to be none."""
+        self._lock = lock
+        self.has(content)
+
+    def has(self, content: bytes | bytearray | None) -> None:
+        """From now on this is what has to be there."""
+        self._digest = None if content is None else sha256(content).digest()
+        self._identity = _identity(self._lock.keystore)
+
+    def __call__(self) -> None:
+        """Raises `KeystoreReplacedError` when it is not there any more."""
+        path = self._lock.keystore
+        if not self._lock.is_held():
+            raise KeystoreReplacedError(
+                f"the lock of {path} was removed or exchanged, and another server may use that keystore; nothing was "
+                "saved. Stop all but one, look which keystore is the right one, and start again"
+            )
+        found = _identity(path)
+        if found == self._identity:
+            return
+        # A backup that makes a hard link, or a chown, changes what is told of a file, but not what is in it.
+        if found is not None and self._digest is not None and sha256(read(path)).digest() == self._digest:
+            self._identity = found
+            return
+        what = "removed" if found is None else "exchanged"
+        raise KeystoreReplacedError(
+            f"{path} is not the keystore that was saved here last: somebody has {what} it. "
+            "Nothing was saved; look which is the right one, and start again"
+        )
+
+
+def _identity(path: Path) -> tuple[int, ...] | None:
+    try:
+        state = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 class Keystore:
     """An unlocked keystore: makes KEKs for it and saves keyrings into it. Blocking; one thread at a time."""
 
     def __init__(
         self,
-        path: Path,
+        lock: KeystoreLock,
+        content: bytes | None,
         header: KdfHeader,
         keys: RootKeys,
         *,
@@ -85,8 +141,12 @@ class Keystore:
         replaces: bytes | None = None,
         new_key: KeyFactory = random_key,
     ) -> None:
-        """`replaces` is a format 2 file that is kept, whole, before the first save puts another in its place."""
-        self.path = path
+        """`content` is what the file holds, None where there is none yet.
+
+        `replaces` is a format 2 file that is kept, whole, before the first save puts another in its place.
+        """
+        self.path = lock.keystore
+        self._last_look = _LastLook(lock, content)
         self._header = header
         self._keys = keys
         self._root_check = keys.seal_check() if root_check is None else root_check
@@ -102,19 +162,24 @@ class Keystore:
     def save(self, keyring: Keyring) -> None:
         """Put `keyring` on disk; when this returns it is durable.
 
-        Raises `SaveFailedError` when nothing has happened to the file, `SaveOutcomeUnknownError` when it may have.
+        Raises `SaveFailedError` when nothing has happened to the file, `SaveOutcomeUnknownError` when it may have, and
+        `KeystoreReplacedError` when it is another's by now.
         """
         content = self._encoder.encode(keyring, self._header, self._root_check, self._keys)
+        if len(content) > MAX_KEYSTORE_BYTES:
+            raise SaveFailedError(f"cannot save {self.path}: it would be larger than any keystore; nothing was changed")
         try:
             if self._replaces is not None:
                 self._keep_replaced(self._replaces)
-            durable.write_file(self.path, content)
+            durable.write_file(self.path, content, self._last_look)
         except durable.RenameError as error:
             raise SaveOutcomeUnknownError(
                 f"saving {self.path} failed at its last step ({error.strerror}); check the disk, then start again"
             ) from error
         except OSError as error:
-            raise SaveFailedError(f"cannot save {self.path}: {error.strerror}; nothing was changed") from error
+            remedy = _REMEDIES.get(error.errno or 0, "")
+            raise SaveFailedError(f"cannot save {self.path}: {error.strerror}; nothing was changed{remedy}") from error
+        self._last_look.has(content)
         self._replaces = None
 
     def _keep_replaced(self, raw: bytes) -> None:
@@ -145,6 +210,14 @@ class Keystore:
         self._keys.wipe()
 
 
+_REMEDIES: Final = {
+    errno.EBUSY: ". It is a mount point of its own, which nothing can replace: mount its directory instead",
+    errno.EXDEV: ". It is a mount point of its own, which nothing can replace: mount its directory instead",
+    errno.EROFS: ". Mount its file system to be written to",
+    errno.EPERM: ". It may be immutable: chattr -i",
+}
+
+
 def _kept_paths(keystore: Path) -> Iterator[Path]:
     """Where a format 2 file is kept when it is migrated: under the first of these names that no other file has.
 
@@ -164,6 +237,18 @@ def _holds(path: Path, raw: bytes) -> bool:
         return False
 
 
+def trace_of_another(keystore: Path, audit_log: Path) -> Path | None:
+    """What shows that there was a keystore at this path, if anything does: it is missing then, not yet to be made.
+
+    Its lock is none. Whoever tries to start a server leaves that.
+    """
+    beside = (usage_file.path_of(keystore), *_kept_paths(keystore), audit_log, head_path(audit_log))
+    found = next((path for path in beside if os.path.lexists(path)), None)
+    if found is None and keystore.parent.is_dir():
+        found = next(iter(sorted(durable.temp_files(keystore))), None)
+    return found
+
+
 def initialise(
     lock: KeystoreLock,
     passphrase: Secret,
@@ -178,7 +263,7 @@ def initialise(
         raise KeystoreError(f"there is a keystore at {path} already; it is not touched")
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
     with header.derive(passphrase) as root:
-        keystore = Keystore(path, header, RootKeys(root), new_key=new_key)
+        keystore = Keystore(lock, None, header, RootKeys(root), new_key=new_key)
     keyring = apply(EMPTY, CreateGroup(DEFAULT_KEY_GROUP), now=now, mint=keystore.mint).next_generation()
     keystore.save(keyring)
     return keystore, keyring
@@ -205,14 +290,14 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
                 keys = RootKeys(root)
                 unless_opened.callback(keys.wipe)
                 keyring = old.open(root, keys.wrap_kek)
-            keystore = Keystore(lock.keystore, old.header, keys, replaces=raw, new_key=new_key)
+            keystore = Keystore(lock, raw, old.header, keys, replaces=raw, new_key=new_key)
         else:
             sealed = document.Sealed(raw)
             with sealed.header.derive(passphrase) as root:
                 keys = RootKeys(root)
             unless_opened.callback(keys.wipe)
             keyring = sealed.open(keys)
-            keystore = Keystore(lock.keystore, sealed.header, keys, root_check=sealed.root_check, new_key=new_key)
+            keystore = Keystore(lock, raw, sealed.header, keys, root_check=sealed.root_check, new_key=new_key)
         unless_opened.pop_all()
     return keystore, keyring
 
@@ -250,7 +335,7 @@ def change_passphrase(
             wipes.callback(key.wipe)
         if audit_log is not None:
             wipes.enter_context(handing_over(audit_log, old_keys.audit, new_keys.audit, generation=keyring.generation))
-        Keystore(lock.keystore, header, new_keys, replaces=replaces).save(keyring.next_generation())
+        Keystore(lock, raw, header, new_keys, replaces=replaces).save(keyring.next_generation())
 
 
 class AuditReader:

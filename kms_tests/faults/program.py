@@ -38,7 +38,7 @@ def _no_fsync_of_the_directory() -> None:
 def _rename_before_fsync() -> None:
     real = DurableFile.commit
 
-    def commit(self: DurableFile) -> None:
+    def commit(self: DurableFile, last_look: Callable[[], None] = lambda: None) -> None:
         self._temp.rename(self._path)
         self._path, self._temp = self._path, self._path
         real(self)
@@ -47,7 +47,7 @@ def _rename_before_fsync() -> None:
 
 
 def _write_in_place() -> None:
-    def write_file(path: Path, data: bytes | bytearray | memoryview) -> None:
+    def write_file(path: Path, data: bytes | bytearray | memoryview, last_look: Callable[[], None] = lambda: None) -> None:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         os.write(descriptor, data)
         os.fsync(descriptor)

@@ -111,12 +111,13 @@ def test_the_line_with_which_a_start_fails_is_JSON_too(machine: Machine, server:
         assert words in event["message"]
 
 
-def test_a_first_run_is_said_as_JSON_too(machine: Machine) -> None:
+def test_a_keystore_that_is_not_there_is_made_by_no_start_that_nobody_watches(machine: Machine) -> None:
     machine.keystore.unlink()
-    server = machine.start("--log-format=json")
-    first, *_ = lines_of(server.stderr)
-    assert first["message"].startswith("making a new keystore at ")
-    assert server.stop() == 0
+    refused = machine.refused_start("--log-format=json")
+    assert refused.status == 66
+    (event,) = lines_of(refused.stderr)
+    assert event["message"].endswith("For a first start make one: kms-admin init")
+    assert not machine.keystore.exists()
 
 
 async def test_whoever_calls_a_server_can_be_found_in_its_log_by_the_requestId(machine: Machine, server: Server) -> None:
