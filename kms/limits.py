@@ -28,7 +28,14 @@ than what the allocator takes from the system and gives back each time."""
 TURN_REQUESTS: Final = 32
 """Requests of one connection that are answered before the others have their turn: about 0.15 ms of small ones."""
 MAX_REJECTIONS: Final = 100
-"""Requests in a row without a right token, after which a connection is closed. Each costs a line in the log."""
+"""Requests in a row without a right token, after which a connection is closed."""
+MAX_REFUSAL_KINDS: Final = 1024
+"""Refusals that are told apart by who, what and why; the rest are counted together. Each has two lines a second."""
+REFUSALS_OF_A_PRINCIPAL: Final = 100
+REFUSALS_OF_A_PRINCIPAL_PER_SECOND: Final = 10
+"""Refused requests of one principal that have a line each; those beyond are counted. It is a bucket, and its refill."""
+REFUSALS_INTERVAL: Final = 1.0
+"""After which the number of those that were only counted is in the log."""
 MAX_QUEUED_LINES: Final = 10_000
 """Lines of the log that wait for whoever reads standard error: about a megabyte, as JSON some more."""
 MAX_LOGGED_MESSAGE: Final = 3000

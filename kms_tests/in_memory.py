@@ -122,7 +122,7 @@ class Server:
         max_frame_bytes: int = MAX_FRAME_BYTES,
     ) -> None:
         """Whoever has a shared token may do what `policy` allows, by default everything; or `access` decides."""
-        access = access or Access(SHARED, policy or AllowAll(), "nowhere", is_from_file=False)
+        access = access or Access(SHARED, policy or AllowAll(), "nowhere", is_from_file=False, sha256="")
         self.manager = Manager()
         self.usage = usage_of(self.manager.current)
         self.seen: list[Served] = []

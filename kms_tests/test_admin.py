@@ -538,6 +538,8 @@ def test_verify_audit_in_json(audited: Path, capsys: pytest.CaptureFixture[str])
         "findings": [],
         "findingCount": 0,
         "notes": [],
+        "refusalsCounted": 0,
+        "principalsPutInForce": 0,
     }
 
 

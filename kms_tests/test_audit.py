@@ -22,6 +22,7 @@ from kms.core.audit import (
     OperationRecord,
     Torn,
     decode_head,
+    is_torn,
     parse,
     read_tail,
     seal,
@@ -104,7 +105,7 @@ def test_no_record_is_longer_than_a_line_may_be() -> None:
         error_code="DecryptionFailed",
         generation=MAX_VERSION,
     )
-    data, chain = seal([record], Chain(MAX_VERSION, bytes(32)), audit_keys())
+    data, chain = seal([record], Chain(MAX_VERSION - 1, bytes(32)), audit_keys())
     assert len(data) < MAX_AUDIT_LINE_BYTES / 2
     line = parse(data)
     assert line is not None
@@ -271,7 +272,7 @@ def test_a_log_ends_with_its_last_record() -> None:
     log, raw = _log()
     tail = read_tail(raw, log.keys)
     assert tail is not None
-    assert (tail.chain, tail.generation, tail.torn, tail.is_closed, tail.predecessor) == (log.chain, 5, None, True, None)
+    assert (tail.chain, tail.generation, tail.rest, tail.is_closed, tail.predecessor) == (log.chain, 5, b"", True, None)
 
 
 def test_a_part_of_a_log_is_enough_to_tell_its_end() -> None:
@@ -288,14 +289,14 @@ def test_what_stands_behind_the_last_record_is_torn(debris: bytes) -> None:
     log, raw = _log(debris)
     tail = read_tail(raw, log.keys)
     assert tail is not None
-    assert (tail.chain, tail.torn) == (log.chain, Torn.of(debris))
+    assert (tail.chain, tail.rest) == (log.chain, debris)
 
 
 def test_a_last_record_without_its_line_end_is_whole() -> None:
     log, raw = _log()
     tail = read_tail(raw[:-1], log.keys)
     assert tail is not None
-    assert (tail.chain, tail.torn, tail.is_closed) == (log.chain, None, False)
+    assert (tail.chain, tail.rest, tail.is_closed) == (log.chain, b"", False)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{", b"{}\n{}\n"])
@@ -351,3 +352,28 @@ def test_an_altered_record_that_hands_over_is_no_end() -> None:
     assert altered != log.files[0]
     with pytest.raises(DecryptionFailedError):
         read_tail(altered, audit_keys(2))
+
+
+@pytest.mark.parametrize("rest", [b"", b"{", b'{"seq":', b'{"seq":7', b'{"seq":7,', b'{"seq":7,"time":"2026', b"\0" * 4096])
+def test_a_crash_leaves_one_unfinished_line_that_begins_as_the_next_record_would_or_zeros(rest: bytes) -> None:
+    assert is_torn(rest, 7)
+    assert is_torn(rest + b"\0\0", 7)
+
+
+@pytest.mark.parametrize(
+    "rest", [b"\n", b"{\n", b"x", b'{"seq":8,', b'{"seq":77', b'{"seq":7}', b'{"seq":7,"time":"2026"}\n']
+)
+def test_a_crash_leaves_nothing_else(rest: bytes) -> None:
+    assert not is_torn(rest, 7)
+
+
+@pytest.mark.parametrize("field", ["seq", "generation", "torn", "count"])
+@pytest.mark.parametrize("number", ["9" * 4299, "9" * 5000, "9223372036854775808", "-5", "1e400", "1.5"])
+def test_a_number_beyond_its_bounds_is_no_record(field: str, number: str) -> None:
+    log, raw = _log()
+    line = json.loads(lines(raw)[-1])
+    mac = line.pop("mac")
+    line[field] = 0
+    body = json.dumps(line, separators=(",", ":")).replace(f'"{field}":0', f'"{field}":{number}')
+    assert parse(f'{body[:-1]},"mac":"{mac}"}}'.encode()) is None
+    assert log.chain.seq == 6

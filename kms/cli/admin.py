@@ -487,6 +487,8 @@ def verify_audit(
             findings=[one._asdict() for one in report.findings],
             findingCount=report.count,
             notes=[one._asdict() for one in report.notes],
+            refusalsCounted=report.counted,
+            principalsPutInForce=report.reloads,
         )
     else:
         _show_report(report)
@@ -499,6 +501,10 @@ def _show_report(report: Verifier) -> None:
             render.text(f"{span.file}: records {span.first} to {span.last}, {span.begins} to {span.ends}")
         else:
             render.text(f"{span.file}: no authentic record")
+    if report.principals:
+        render.text(f"principals: put in force {report.reloads} times, last by {report.principals}")
+    if report.counted:
+        render.text(f"refusals: {report.counted} more than have a record of their own")
     for word, found in (("note", report.notes), ("FOUND", report.findings)):
         for file, line, what in found:
             render.text(f"{word}: {file}{f', line {line}' if line else ''}: {what}")

@@ -24,21 +24,21 @@ import hmac
 from base64 import b64decode
 from collections.abc import Sequence
 from hashlib import sha256
-from typing import Final, Literal, NamedTuple
+from typing import Annotated, Final, Literal, NamedTuple
 
 import msgspec
 from cryptography.exceptions import AlreadyFinalized
 from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.hmac import HMAC
-from msgspec import Struct
+from msgspec import Meta, Struct
 
 from kms.core.envelope import EnvelopeKey
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError
-from kms.limits import KEY_BYTES, MAX_AUDIT_LINE_BYTES
+from kms.limits import KEY_BYTES, MAX_AUDIT_LINE_BYTES, MAX_VERSION
 
 Outcome = Literal["begun", "ok", "refused"]
-Event = Literal["Start", "Continue", "Recover", "Stop", "ChangePassphrase"]
+Event = Literal["Start", "Continue", "Recover", "Stop", "ChangePassphrase", "Principals", "Refusals"]
 
 MAC_BYTES: Final = 32
 NO_MAC: Final = bytes(MAC_BYTES)
@@ -89,6 +89,15 @@ class EventRecord(Struct, kw_only=True, omit_defaults=True, rename="camel", gc=F
     unsynced_to: int = 0
     accepted_rollback: bool = False
     sealed_key: bytes = b""
+    principals_sha256: str | None = None
+    """Of the file of principals that decides from here on, in hexadecimal; empty where there is none."""
+    count: int = 0
+    """Refusals that have no record of their own: how many, of whom, of what, and how they were told."""
+    principal: str | None = None
+    uid: int | None = None
+    transport: str | None = None
+    operation: str | None = None
+    error_code: str | None = None
 
 
 Record = OperationRecord | EventRecord
@@ -188,18 +197,24 @@ def from_text(text: bytes | str) -> bytes | None:
     return mac if len(mac) == MAC_BYTES and to_text(mac) == given else None
 
 
+_Number = Annotated[int, Meta(ge=0, le=MAX_VERSION)]
+"""Bounded, since Python does not print a number of more than 4,300 digits."""
+
+
 class Claims(Struct, rename="camel", gc=False):
     """What a line says, of what is needed to verify it. Nothing of it is to be believed before its MAC is right."""
 
-    seq: int
+    seq: _Number
     time: str
-    generation: int
+    generation: Annotated[int, Meta(ge=-1, le=MAX_VERSION)]
     event: str | None = None
     previous: str | None = None
-    torn: int = 0
+    torn: _Number = 0
     torn_sha256: str = ""
     accepted_rollback: bool = False
     sealed_key: bytes = b""
+    principals_sha256: str | None = None
+    count: _Number = 0
 
 
 class Line(NamedTuple):
@@ -287,7 +302,8 @@ class Tail(NamedTuple):
 
     chain: Chain
     generation: int
-    torn: Torn | None
+    rest: bytes
+    """What stands behind it, and is no record."""
     is_closed: bool
     """Whether it ends with a line end."""
     predecessor: AuditKeys | None
@@ -322,5 +338,15 @@ def read_tail(raw: bytes, keys: AuditKeys) -> Tail | None:
         if not last.is_after(previous, predecessor):
             predecessor.wipe()
             raise DecryptionFailedError
-    torn = Torn.of(raw[end:]) if end < len(raw) else None
-    return Tail(Chain(last.claims.seq, last.mac), last.claims.generation, torn, raw.endswith(b"\n"), predecessor)
+    chain = Chain(last.claims.seq, last.mac)
+    return Tail(chain, last.claims.generation, raw[end:], raw.endswith(b"\n"), predecessor)
+
+
+def is_torn(rest: bytes, seq: int) -> bool:
+    """Whether `rest` is what a crash can leave of a write: one unfinished line that begins as record `seq` would.
+
+    A power cut may leave zeros, where the file has its length already and not its content.
+    """
+    written = rest.rstrip(b"\0")
+    beginning = b'{"seq":%d,' % seq
+    return b"\n" not in rest and written.startswith(beginning[: len(written)])

@@ -14,9 +14,12 @@ from collections.abc import Sequence
 from hashlib import sha256
 from typing import Final, NamedTuple
 
-from kms.core.audit import NEW_CHAIN, AuditKeys, Chain, Head, Line, Torn, parse
+from kms.core.audit import NEW_CHAIN, AuditKeys, Chain, Head, Line, Torn, is_torn, parse
 from kms.errors import DecryptionFailedError
 from kms.limits import MAX_AUDIT_LINE_BYTES, MAX_FINDINGS_SHOWN
+
+_BEGINNING_BYTES: Final = 64
+"""Of a torn line: more than the number with which it begins."""
 
 
 class Finding(NamedTuple):
@@ -53,16 +56,22 @@ class _Debris:
         self.lines = 0
         self.length = 0
         self.is_closed = False
+        self._beginning = b""
         self._digest = sha256()
         self._before_newline = sha256()
 
     def add(self, piece: bytes, *, is_new: bool) -> None:
         self.lines += is_new
+        self._beginning = (self._beginning + piece)[:_BEGINNING_BYTES]
         self.is_closed = piece.endswith(b"\n")
         self.length += len(piece)
         self._before_newline = self._digest.copy()
         self._before_newline.update(piece.removesuffix(b"\n"))
         self._digest.update(piece)
+
+    def is_torn(self, seq: int) -> bool:
+        """Whether a crash can have left it, of the write of record `seq`; what a start would not go on behind."""
+        return self.lines == 1 and is_torn(self._beginning.removesuffix(b"\n"), seq)
 
     def torn(self, *, without_newline: bool) -> Torn:
         """It, with or without the line end at its end."""
@@ -81,6 +90,12 @@ class Verifier:
         self.count = 0
         """All of them."""
         self.notes: Final[list[Finding]] = []
+        self.counted = 0
+        """Refusals that have no record of their own."""
+        self.reloads = 0
+        """How often a file of principals, or that there is none, was put in force."""
+        self.principals = ""
+        """When that was last, and which."""
         self.spans: Final[list[Span]] = []
         self.generation = 0
         """Of the last authentic record."""
@@ -209,6 +224,14 @@ class Verifier:
         self.spans[-1].add(line)
         if self._head is not None and claims.seq == self._head.seq and line.mac != self._head.chain.mac:
             self._find(f"record {claims.seq} is not the one that the head file names")
+        if claims.event == "Refusals":
+            self.counted += claims.count
+        elif claims.event == "Principals" and claims.principals_sha256 is not None:
+            self.reloads += 1
+            what = (
+                f"the file of principals with SHA-256 {claims.principals_sha256}" if claims.principals_sha256 else "no file"
+            )
+            self.principals = f"record {claims.seq}, {claims.time}: {what} decides from here on"
         self.handed_over = claims.event == "ChangePassphrase" and self._hands_over(claims.sealed_key)
         self._key += self.handed_over
 
@@ -238,7 +261,7 @@ class Verifier:
         if claims.torn and debris is not None:
             # In the same file, the line end at its end was written with the record.
             torn = debris.torn(without_newline=debris.file == self._file)
-            if torn == Torn(claims.torn, claims.torn_sha256):
+            if torn == Torn(claims.torn, claims.torn_sha256) and (claims.event != "Start" or debris.is_torn(claims.seq)):
                 self._note(
                     f"record {claims.seq} follows a write that was cut short: {claims.torn} bytes of it are left",
                 )

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Final
 
 _MOST_BYTES: Final = 32
-_OURS: Final = re.compile(rb"([0-9]+\n)?")
+_OURS: Final = re.compile(rb"[0-9\n\0]*")
+"""A pid and a line end; of one that a crash cut short, a part or zeros."""
 
 
 class LockHeldError(Exception):
@@ -60,11 +61,12 @@ def hold(path: Path) -> int:
 def is_held(path: Path, descriptor: int) -> bool:
     """Whether the lock that `descriptor` holds is the one that all others would try for at `path`.
 
-    It is not once somebody has removed the file: the next to come makes another, and holds that.
+    It is not once somebody has removed the file: the next to come makes another, and holds that. Raises `OSError` when it
+    cannot be looked at.
     """
     try:
         return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except OSError:
+    except FileNotFoundError:
         return False
 
 

@@ -56,8 +56,19 @@ class AuditKeeper:
             if self.log is not None:
                 await self._look_after(self.log)
 
+    def admitted(self, principals_sha256: str) -> None:
+        """Put on record, durably, which file of principals decides from here on. Blocking.
+
+        Where that cannot be done now it is as soon as it can: a right that was taken away must not come back for it.
+        """
+        if self.log is not None and self.trail is not None:
+            self.trail.write_principals(principals_sha256)
+            with contextlib.suppress(UnavailableError):
+                self.log.sync()
+
     async def _look_after(self, audit_log: AuditLog) -> None:
         audit_log.check()
+        self._write_repeats()
         # What it raises is in `trouble` then.
         with contextlib.suppress(UnavailableError):
             await trio.to_thread.run_sync(audit_log.sync)
@@ -68,6 +79,10 @@ class AuditKeeper:
             log.warning("the audit log %s can be written again", audit_log.path)
         self._trouble = trouble
 
+    def _write_repeats(self) -> None:
+        if self.trail is not None:
+            self.trail.write_repeats()
+
     async def sync(self) -> None:
         """Make durable what is on record by now; raises `UnavailableError`."""
         if self.log is not None:
@@ -77,6 +92,7 @@ class AuditKeeper:
         """Go on in a new file if the log was renamed. Blocks for as long as the disk takes to finish the old one."""
         if self.log is None:
             return
+        self._write_repeats()
         try:
             if self.log.reopen():
                 log.info("the audit log goes on in a new file %s", self.log.path)
@@ -86,6 +102,7 @@ class AuditKeeper:
     def close(self) -> None:
         """Put on record that the server stops, and let go of the file."""
         if self.log is not None:
+            self._write_repeats()
             self.log.close()
             if self.log.trouble:
                 log.error("the audit log %s does not say that the server stopped: %s", self.log.path, self.log.trouble)

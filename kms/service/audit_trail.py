@@ -7,18 +7,23 @@
 - No record, no answer: what cannot be put on record is answered `Unavailable`, Health alone as always. A change that has
   been made by then is not taken back; its outcome is kept, and is the first thing in the log once that can be written.
 - Of the data plane everything is recorded, what was refused, or nothing.
+- Of refusals that repeat themselves only the first, and then a number each second (`kms.service.refusals`): the one
+  exception to "no record, no answer".
 """
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
 from kms.core import ciphertext
-from kms.core.audit import OperationRecord
+from kms.core.audit import EventRecord, OperationRecord, Record
 from kms.core.policy import Plane, Principal
-from kms.errors import DecryptionFailedError
+from kms.errors import DecryptionFailedError, UnavailableError
 from kms.service.audit_settings import DataAudit
+from kms.service.refusals import Kind, Refusals
 from kms.service.served import Peer, Served, Turn, bounded_name
 from kms.wire.messages import (
     CiphertextReply,
@@ -55,7 +60,7 @@ class Log(Protocol):
         """Whether it can be written, as far as is known."""
         ...
 
-    def write(self, records: Sequence[OperationRecord], *, keep: bool = False) -> None:
+    def write(self, records: Sequence[Record], *, keep: bool = False) -> None:
         """Append all of them, or none, which raises `UnavailableError`; with `keep` they are written later then.
 
         With no records it only tries anew whether a log that was failing can be written.
@@ -70,8 +75,9 @@ class Log(Protocol):
 class AuditTrail:
     """Makes records of what was served, and puts them into the log."""
 
-    def __init__(self, log: Log, data: DataAudit) -> None:
+    def __init__(self, log: Log, data: DataAudit, monotonic: Callable[[], float] = time.monotonic) -> None:
         self._log = log
+        self._refusals = Refusals(monotonic)
         self._wants_all = data is DataAudit.ALL
         self._wants_refused = data is not DataAudit.NONE
 
@@ -91,15 +97,43 @@ class AuditTrail:
         self._log.write([_record(served)], keep=True)
 
     def write(self, turns: Sequence[Turn]) -> None:
-        """Put on record what is wanted of them, all or nothing; raises `UnavailableError`."""
-        records = [
-            _record(served)
+        """Put on record what is wanted of them, all or nothing; raises `UnavailableError`.
+
+        Of refusals that repeat themselves only the number, a second later.
+        """
+        wanted = [
+            served
             for turn in turns
             for _, served in turn
-            if served is not None and (self._wants_all or self._wants(served))
+            if served is not None
+            and (self._wants_all or self._wants(served))
+            and (served.error is None or self._refusals.is_first(served))
         ]
-        if records:
-            self._log.write(records)
+        if not wanted:
+            return
+        try:
+            self._log.write([_record(served) for served in wanted])
+        except UnavailableError:
+            for served in wanted:
+                if served.error is not None:
+                    self._refusals.forget(served)
+            raise
+
+    def write_repeats(self) -> None:
+        """Put on record how many refusals were only counted, now or as soon as that can be done."""
+        repeats = self._refusals.take()
+        if repeats:
+            with contextlib.suppress(UnavailableError):
+                self._log.write([_counted(kind, count) for kind, count in repeats], keep=True)
+
+    def write_principals(self, sha256: str) -> None:
+        """Put on record which file of principals decides from here on, now or as soon as that can be done.
+
+        `sha256` is the hexadecimal digest of its content; empty where there is none.
+        """
+        self.write_repeats()
+        with contextlib.suppress(UnavailableError):
+            self._log.write([EventRecord(event="Principals", principals_sha256=sha256)], keep=True)
 
     def _wants(self, served: Served) -> bool:
         # What has no plane, as its type could not be told, is a refusal that both planes' rules want.
@@ -108,9 +142,33 @@ class AuditTrail:
         return self._wants_refused and served.error is not None
 
 
+def _counted(kind: Kind, count: int) -> EventRecord:
+    return EventRecord(
+        event="Refusals",
+        count=count,
+        principal=kind.principal,
+        uid=kind.uid,
+        transport=None if kind.transport == "-" else kind.transport,
+        operation=None if kind.operation == "-" else kind.operation,
+        error_code=None if kind.code == "-" else kind.code,
+    )
+
+
 def _record(served: Served) -> OperationRecord:
     peer, request, kind, error = served.peer, served.request, served.kind, served.error
     pid, uid, _ = peer.credentials or (None, None, None)
+    if served.principal is None and error is not None:
+        # Of who is not authenticated no text is kept: whoever they are, they would write our log.
+        return OperationRecord(
+            connection=peer.connection,
+            request=served.number,
+            uid=uid,
+            pid=pid,
+            port=peer.port,
+            operation="-" if kind is None else _NAMES[kind],
+            outcome="refused",
+            error_code=error.code,
+        )
     group, version, from_group, from_version = _NO_KEY if request is None else _KEYS[type(request)](request, served.reply)
     return OperationRecord(
         connection=peer.connection,

@@ -13,6 +13,7 @@ closed.
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
 from time import perf_counter
@@ -29,6 +30,7 @@ from kms.service.authorization import authorize
 from kms.service.bugs import log_bug
 from kms.service.event import Event
 from kms.service.handlers import Handlers
+from kms.service.refusals import Refusals
 from kms.service.served import Observer, Peer, Served, Turn, UsageCounter, bounded_name
 from kms.wire.messages import ErrorReply, Reply, Request, UndecodableRequestError, decode_request, encode
 
@@ -63,6 +65,7 @@ class RequestPipeline:
         self.control_handlers = handlers.control_plane()
         self.observers = tuple(observers)
         self.usage = usage
+        self._refusals = Refusals(time.monotonic)
         self.admit(authenticator, policy, trail)
 
     def admit(self, authenticator: Authenticator, policy: KeyAuthorizationPolicy, trail: AuditTrail | None = None) -> None:
@@ -71,6 +74,18 @@ class RequestPipeline:
         self.policy = policy
         self.trail = trail
         self.is_watched = bool(self.observers) or trail is not None
+
+    def record(self, served: Served) -> None:
+        """Put `served` into the log, or count it, where it is a refusal that repeats itself."""
+        if isinstance(served.error, UnavailableError):
+            return  # that the audit log cannot be written is said once, not for each request
+        if served.error is None or self._refusals.is_first(served):
+            log.info(_event(served))
+
+    def tell_repeats(self) -> None:
+        """Put into the log how many refusals were only counted."""
+        for kind, count in self._refusals.take():
+            log.info(Event({**kind._asdict(), "refusedMore": count}))
 
     def session(self, peer: Peer) -> Session:
         """What answers the requests of one connection."""
@@ -110,10 +125,10 @@ class Session:
             return partial(self._serve_control, number, request, began)
         pipeline, principal = self._pipeline, None
         try:
-            if pipeline.trail is not None and request.operation is not _HEALTH:
-                pipeline.trail.check()
             principal = pipeline.authenticator.authenticate(_DATA, request.token, self._peer)
             authorize(pipeline.policy, principal, request)
+            if pipeline.trail is not None and request.operation is not _HEALTH:
+                pipeline.trail.check()
             kind = type(request)
             reply = pipeline.data_handlers[kind](request)
         except Exception as error:
@@ -150,7 +165,7 @@ class Session:
         served = Served(
             self._peer, number, request, type(request), caller.principal, reply, None, began, request.request_id
         )
-        _record(served)
+        self._pipeline.record(served)
         return self._answer(served, reply, has_begun=caller.has_begun)
 
     def frame_too_large(self, limit: int) -> bytes:
@@ -190,7 +205,7 @@ class Session:
         return self._refuse(served, error, has_begun=has_begun)
 
     def _refuse(self, served: Served, error: WireError, *, has_begun: bool = False) -> bytes:
-        _record(served)
+        self._pipeline.record(served)
         usage = self._pipeline.usage
         if usage is not None:
             usage.refused(served)
@@ -258,11 +273,11 @@ class _Caller:
         return [group for group in groups if allows(principal, operation, group.key_id, b"")]
 
 
-def _record(served: Served) -> None:
+def _event(served: Served) -> Event:
     request, kind = served.request, served.kind
-    if isinstance(served.error, UnavailableError):
-        return  # that the audit log cannot be written is said once, not for each request
-    group = getattr(request, "key_id", None)
+    is_strangers = served.principal is None and served.error is not None
+    # Of who is not authenticated no text is kept.
+    group = None if is_strangers else getattr(request, "key_id", None)
     fields: dict[str, str | int | None] = {
         "connection": served.peer.connection,
         "request": served.number,
@@ -270,12 +285,12 @@ def _record(served: Served) -> None:
         "principal": None if served.principal is None else served.principal.name,
         "operation": None if kind is None else kind.operation.value,
         "group": None if group is None else bounded_name(group),
-        "version": getattr(request, "version", None),
+        "version": None if is_strangers else getattr(request, "version", None),
         "outcome": "ok" if served.error is None else served.error.code,
     }
-    if served.request_id is not None:
+    if served.request_id is not None and not is_strangers:
         fields["requestId"] = served.request_id
-    log.info(Event(fields))
+    return Event(fields)
 
 
 def _unrecorded(turn: Turn, error: UnavailableError) -> bytes:

@@ -104,6 +104,8 @@ class Principals:
     api_token: bool
     admin_token: bool
     members: Mapping[str, TeamMember]
+    sha256: str
+    """Of the file's content, in hexadecimal."""
 
 
 def check_name(name: str) -> None:
@@ -150,7 +152,7 @@ def _parse(raw: bytes, path: Path) -> Principals:
     document = _converted(_toml(raw), _Document, "")
     members = {name: _member(name, table) for name, table in document.principals.items()}
     _check_unique(members)
-    return Principals(path, document.shared.api_token, document.shared.admin_token, members)
+    return Principals(path, document.shared.api_token, document.shared.admin_token, members, sha256(raw).hexdigest())
 
 
 def _toml(raw: bytes) -> object:

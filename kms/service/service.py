@@ -11,7 +11,7 @@ import trio
 
 from kms.core.policy import AllowAll
 from kms.core.provider import KeyringHolder, KeyringManager
-from kms.limits import KEY_BYTES, MAX_FRAME_BYTES
+from kms.limits import KEY_BYTES, MAX_FRAME_BYTES, REFUSALS_INTERVAL
 from kms.service.audit_keeper import AuditKeeper
 from kms.service.handlers import Handlers
 from kms.service.local_provider import LocalMasterKeyProvider
@@ -76,6 +76,7 @@ class Service:
         """
         opening = partial(self.keeper.open, self.keyring.current.generation, has_principals=access.is_from_file)
         await trio.to_thread.run_sync(opening)
+        self.keeper.admitted(access.sha256)
         self.access = access
         self.pipeline.admit(access.authenticator, access.policy, self.keeper.trail)
         self.schedule.admit(self.schedule.authenticator, self.schedule.policy, self.keeper.trail)
@@ -86,9 +87,15 @@ class Service:
         nursery.start_soon(self.keeper.run)
 
     def start_background(self, nursery: trio.Nursery) -> None:
-        """Start what is done besides requests: usage goes to its file, and what is due is done."""
+        """Start what is done besides requests: usage and what was counted go to their files, and what is due is done."""
         nursery.start_soon(self._usage.run)
         nursery.start_soon(self._trials.run, self.schedule)
+        nursery.start_soon(self._tell_repeats)
+
+    async def _tell_repeats(self) -> None:
+        while True:
+            await trio.sleep(REFUSALS_INTERVAL)
+            self.pipeline.tell_repeats()
 
     async def save_usage(self) -> None:
         """Write down what was counted until now."""
@@ -100,6 +107,7 @@ class Service:
 
     def close(self) -> None:
         """Put on record that the server stops, and wipe the keys of the keyring."""
+        self.pipeline.tell_repeats()
         try:
             self.keeper.close()
         finally:

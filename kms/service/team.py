@@ -90,6 +90,8 @@ class Access(NamedTuple):
     policy: KeyAuthorizationPolicy
     origin: str
     is_from_file: bool
+    sha256: str
+    """Of the file's content, in hexadecimal; empty without one."""
 
 
 class AccessSource:
@@ -113,10 +115,11 @@ class AccessSource:
         except InputMissingError:
             if self._is_needed or needs_file:
                 raise
-            return Access(shared, AllowAll(), f"no principals: there is no {path}", is_from_file=False)
+            return Access(shared, AllowAll(), f"no principals: there is no {path}", is_from_file=False, sha256="")
         authenticator = TeamAuthenticator(shared, principals, self._clock)
         policy = GrantPolicy(
             {name: member.grants for name, member in principals.members.items()},
             trusted=(shared.api.principal.name, shared.admin.principal.name),
         )
-        return Access(authenticator, policy, f"principals from {path}: {len(principals.members)}", is_from_file=True)
+        origin = f"principals from {path}: {len(principals.members)}"
+        return Access(authenticator, policy, origin, is_from_file=True, sha256=principals.sha256)

@@ -20,7 +20,9 @@ fsync *behind it* has succeeded. To write them again was rejected: they would st
 well stand once.
 
 **Starting.** Nothing in a log is changed by a start. A torn line that a crash has left stays, gets a line end, and the
-Start record names it. A log that was renamed while no server ran goes on in a new file, from the head.
+Start record names it. Anything else behind the last record was written by somebody else, and refuses the start: named
+like a torn line, it would be excused for good. A log that was renamed while no server ran goes on in a new file, from
+the head.
 
 `write`, `check` and `reopen` belong to one thread. `sync` may run in others at the same time: what they share is
 `_position`, which is exchanged whole, and the files that were rotated away, which are closed by `sync` alone.
@@ -53,6 +55,7 @@ from kms.core.audit import (
     Tail,
     Torn,
     decode_head,
+    is_torn,
     read_tail,
     seal,
     to_text,
@@ -80,9 +83,6 @@ Clock = Callable[[], float]
 
 _APPEND: Final = os.O_RDWR | os.O_APPEND
 _MAKE: Final = _APPEND | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-
-_BEGINNING: Final = b'{"seq":'
-"""Of the first record, and so of what a crash leaves of its write; a power cut may leave zeros."""
 
 
 class Position(Struct, frozen=True, gc=False):
@@ -161,7 +161,8 @@ class AuditLog:
         except InputMissingError:
             descriptor = os.open(self.path, _MAKE, 0o600)
         self._position = Position(descriptor, os.fstat(descriptor).st_size, NEW_CHAIN, 0)
-        tail, self._torn = self._read_end()
+        tail, rest = self._read_end()
+        self._torn = Torn.of(rest) if rest else None
         self._needs_newline = self._torn is not None or (tail is not None and not tail.is_closed)
         head = self._read_head(tail.predecessor if tail is not None else None)
         first = self._event("Start")
@@ -173,6 +174,13 @@ class AuditLog:
             first.previous = to_text(chain.mac).decode() if chain.seq else ""
             if chain.seq:
                 self.remarks.append(f"its file was not there; it goes on in a new one, with record {chain.seq + 1}")
+        if rest and not is_torn(rest, chain.seq + 1):
+            if tail is None:
+                # A keystore, perhaps, that was named by mistake: not to be appended to.
+                self._refuse("is another file: it does not even begin like an audit log")
+            self._refuse(
+                f"has {len(rest)} bytes behind record {chain.seq} that a crash cannot have left: somebody else wrote them"
+            )
         if self._torn is not None:
             self.remarks.append(
                 f"its last write was cut short; {self._torn.length} bytes of it are left, and are on record"
@@ -195,8 +203,8 @@ class AuditLog:
             self._write_head(self._position, self._keys)
         return first
 
-    def _read_end(self) -> tuple[Tail | None, Torn | None]:
-        """The file's last record, if it has one, and the bytes behind it that are none; raises `AuditLogError`."""
+    def _read_end(self) -> tuple[Tail | None, bytes]:
+        """The file's last record, if it has one, and what stands behind it that is none; raises `AuditLogError`."""
         descriptor, length = self._position.descriptor, self._position.length
         start = max(0, length - AUDIT_TAIL_BYTES)
         raw = _read(descriptor, length - start, start)
@@ -211,15 +219,10 @@ class AuditLog:
                 "keystore, or the passphrase was changed while --audit-log named another log"
             )
         if tail is not None:
-            return tail, tail.torn
+            return tail, tail.rest
         if start:
             self._refuse("ends with more bytes that are no records than a crash leaves")
-        if not raw:
-            return None, None
-        if raw.strip(b"\0") and not raw.startswith(_BEGINNING[: len(raw)]):
-            # A keystore, perhaps, that was named by mistake: not to be appended to.
-            self._refuse("is another file: it does not even begin like an audit log")
-        return None, Torn.of(raw)
+        return None, raw
 
     def _read_head(self, predecessor: AuditKeys | None) -> Head | None:
         """The head; `predecessor` is what it may be under, where the passphrase has just been changed."""
@@ -382,7 +385,8 @@ class AuditLog:
                 return
         self._position = replace(position, length=length)
         try:
-            tail, self._torn = self._read_end()
+            tail, rest = self._read_end()
+            self._torn = Torn.of(rest) if rest else None
             if tail is None or tail.chain.seq < position.chain.seq:
                 self._refuse("was cut short")
         except (AuditLogError, OSError):

@@ -95,10 +95,13 @@ class _LastLook:
     def has(self, content: bytes | bytearray | None) -> None:
         """From now on this is what has to be there."""
         self._digest = None if content is None else sha256(content).digest()
-        self._identity = _identity(self._lock.keystore)
+        self._identity: tuple[int, ...] | None = None
+        # Where it cannot be told now, the content decides the next time.
+        with contextlib.suppress(OSError):
+            self._identity = _identity(self._lock.keystore)
 
     def __call__(self) -> None:
-        """Raises `KeystoreReplacedError` when it is not there any more."""
+        """Raises `KeystoreReplacedError` when it is not there any more, `OSError` when that cannot be told."""
         path = self._lock.keystore
         if not self._lock.is_held():
             raise KeystoreReplacedError(
@@ -106,10 +109,10 @@ class _LastLook:
                 "saved. Stop all but one, look which keystore is the right one, and start again"
             )
         found = _identity(path)
-        if found == self._identity:
+        if found == self._identity and (found is None) == (self._digest is None):
             return
         # A backup that makes a hard link, or a chown, changes what is told of a file, but not what is in it.
-        if found is not None and self._digest is not None and sha256(read(path)).digest() == self._digest:
+        if found is not None and self._holds_the_same(path):
             self._identity = found
             return
         what = "removed" if found is None else "exchanged"
@@ -117,6 +120,15 @@ class _LastLook:
             f"{path} is not the keystore that was saved here last: somebody has {what} it. "
             "Nothing was saved; look which is the right one, and start again"
         )
+
+    def _holds_the_same(self, path: Path) -> bool:
+        try:
+            return sha256(read(path)).digest() == self._digest
+        except FileAccessError as error:
+            raise OSError(errno.EIO, str(error)) from error
+        except KmsError:
+            # Missing by now, larger than any keystore, or not private: none of ours.
+            return False
 
 
 def _identity(path: Path) -> tuple[int, ...] | None:

@@ -91,6 +91,7 @@ def test_the_socket_of_a_dead_server_is_replaced(machine: Machine, server: Serve
 
 def test_the_socket_of_a_live_server_is_left_alone(machine: Machine, server: Server) -> None:
     other = machine.data / "other.json"
+    assert machine.admin("init", "--keystore-only", "--keystore", str(other)).status == 0
     refused = machine.refused_start("--keystore", str(other))
     assert refused.status == 64
     assert str(server.socket) in refused.stderr
