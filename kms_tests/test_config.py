@@ -166,3 +166,12 @@ def test_an_empty_variable_counts_as_not_set() -> None:
 def test_a_directory_where_nothing_can_be_looked_for_is_an_error_of_the_configuration(variable: str) -> None:
     with pytest.raises(ConfigError, match="cannot look for /x"):
         resolve({}, {**HOME, variable: "/" + "x" * 300})
+
+
+def test_no_principals_and_a_file_of_them_exclude_each_other(tmp_path: Path) -> None:
+    environ = {"XDG_DATA_HOME": str(tmp_path)}
+    assert resolve({"no_principals": True}, environ).no_principals
+    (tmp_path / "mini-kms").mkdir()
+    (tmp_path / "mini-kms" / "principals.toml").touch()
+    with pytest.raises(ConfigError, match="--no-principals: there is a file"):
+        resolve({"no_principals": True}, environ)

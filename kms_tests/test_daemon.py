@@ -232,7 +232,9 @@ def test_a_service_manager_that_is_gone_is_no_reason_to_fail(server: Server, mon
 def test_SIGHUP_reads_the_principals_again_and_stops_nothing(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "kms.server.reload")
     path = server.directory / "principals.toml"
+    nobody = "[shared]\napi_token = true"
     path.touch(0o600)
+    path.write_text(nobody)
 
     def reload(content: str, word: str) -> None:
         path.write_text(content)
@@ -253,7 +255,9 @@ def test_SIGHUP_reads_the_principals_again_and_stops_nothing(server: Server, cap
             assert b'"ok"' in health(), "the connection that was open stays, and so does who is at its other end"
             reload("nonsense", "not reloaded")
             assert b'"ok"' in health()
-            reload("", "reloaded")
+            reload("", "not reloaded")
+            assert b'"ok"' in health(), "a file that has lost its content lets nobody else in"
+            reload(nobody, "reloaded")
             assert b"AuthFailed" in health()
 
     assert server.run(client, principals=path) == EXIT_OK

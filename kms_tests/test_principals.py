@@ -78,9 +78,17 @@ def test_the_example_is_read_as_it_is_meant() -> None:
     assert principals.members["nobody-yet"].tokens == ()
 
 
-def test_an_empty_file_leaves_the_shared_tokens_on_and_knows_nobody() -> None:
-    principals = read("")
-    assert (principals.api_token, principals.admin_token, dict(principals.members)) == (True, True, {})
+@pytest.mark.parametrize("text", ["", "\n \n", "# all gone\n", "[shared]\n", "[principals]\n", "[shared]\n[principals]\n"])
+def test_a_file_that_has_lost_its_content_is_an_error(text: str) -> None:
+    assert "it has no principal, and does not say whether the shared tokens are on" in refusal(text)
+
+
+@pytest.mark.parametrize("name", ["api_token", "admin_token"])
+@pytest.mark.parametrize("is_on", [True, False])
+def test_a_file_may_say_that_there_are_no_principals(name: str, is_on: bool) -> None:
+    principals = read(f"[shared]\n{name} = {str(is_on).lower()}")
+    on = {"api_token": True, "admin_token": True} | {name: is_on}
+    assert (principals.api_token, principals.admin_token, dict(principals.members)) == (*on.values(), {})
 
 
 def test_an_expiry_counts_from_its_own_offset() -> None:

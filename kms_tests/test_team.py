@@ -462,3 +462,15 @@ def test_the_final_word_on_a_token_is_a_comparison_in_constant_time(team: Team, 
     assert isinstance(team.access().authenticator, TeamAuthenticator)
     assert team.authenticated("old token") is None
     assert compared == [(sha256(b"old token").digest(),) * 2]
+
+
+@pytest.mark.parametrize("trace", ["audit.log", "audit.log.head"])
+def test_a_start_without_the_file_is_refused_where_an_audit_log_was_kept_for_it(data: Path, trace: str) -> None:
+    path, witness = data / "principals.toml", data / "audit.log"
+    source = AccessSource(path, SHARED, lambda: 0.0, is_needed=False, witness=witness)
+    assert not source.load(is_start=True).is_from_file
+    (data / trace).touch()
+    with pytest.raises(InputMissingError, match="start with --no-principals"):
+        source.load(is_start=True)
+    assert not source.load().is_from_file, "a server that was told so is not told otherwise by SIGHUP"
+    assert not AccessSource(path, SHARED, lambda: 0.0, is_needed=False).load(is_start=True).is_from_file

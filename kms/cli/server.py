@@ -56,6 +56,7 @@ _STANDARD_ERROR: Final = 2
     metavar="PATH",
     help="Who may do what; read again on SIGHUP. [MINIKMS_PRINCIPALS or <data>/principals.toml if it exists]",
 )
+@click.option("--no-principals", is_flag=True, help="Start without that file though an audit log shows that there was one.")
 @click.option(
     "--audit-log",
     type=PATH,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import grp
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -51,6 +52,8 @@ class ServerConfig:
     principals: Path
     principals_named: bool
     """Whether that file has to exist; the one at the default place need not."""
+    no_principals: bool
+    """Whether to start without that file though an audit log shows that there may have been one."""
     audit: AuditSettings
     max_frame_bytes: int
     idle_timeout: float
@@ -82,6 +85,11 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         raise ConfigError("--no-audit and --audit-log exclude each other; give one")
     unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
     principals = source.optional_path("principals", None)
+    no_principals = bool(flags.get("no_principals"))
+    if no_principals and os.path.lexists(principals or data / "principals.toml"):
+        raise ConfigError(
+            f"--no-principals: there is a file {principals or data / 'principals.toml'}; leave one of them out"
+        )
     audit_log = source.optional_path("audit_log", None)
     metrics_port, metrics_groups = source.optional_number("metrics_port", 0, 65535), bool(flags.get("metrics_groups"))
     _check_metrics(metrics_port, groups=metrics_groups)
@@ -96,7 +104,8 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
         admin_token_file=source.optional_path("admin_token_file", _if_exists(data / "admin.token")),
         passphrase_file=source.optional_path("passphrase_file", credential),
         principals=principals or data / "principals.toml",
-        principals_named=principals is not None,
+        principals_named=principals is not None and not no_principals,
+        no_principals=no_principals,
         audit=AuditSettings(
             path=audit_log or data / "audit.log",
             data=DataAudit(source.choice("audit_data", tuple(DataAudit))),

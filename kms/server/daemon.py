@@ -82,8 +82,14 @@ async def _main(
         # It knows them by their digests from here on.
         api_token.wipe()
         admin_token.wipe()
-        source = AccessSource(config.principals, shared, time.time, is_needed=config.principals_named)
-        access = source.load()
+        source = AccessSource(
+            config.principals,
+            shared,
+            time.time,
+            is_needed=config.principals_named,
+            witness=None if config.no_principals else config.audit.path,
+        )
+        access = source.load(is_start=True)
         hardening.give_memory_back()
         memory = MEMORY_LOCKED if hardening.lock_memory() else MEMORY_NOT_LOCKED
         meters = _meters(config)

@@ -67,8 +67,12 @@ class _PrincipalTable(Struct, forbid_unknown_fields=True):
 
 
 class _SharedTable(Struct, forbid_unknown_fields=True):
-    api_token: bool = True
-    admin_token: bool = True
+    api_token: bool | msgspec.UnsetType = msgspec.UNSET
+    admin_token: bool | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def says_something(self) -> bool:
+        return self.api_token is not msgspec.UNSET or self.admin_token is not msgspec.UNSET
 
 
 class _Document(Struct, forbid_unknown_fields=True):
@@ -151,8 +155,18 @@ def _parse(raw: bytes, path: Path) -> Principals:
         raise _PlaceError("", f"more than {limits.MAX_PRINCIPALS_BYTES} bytes")
     document = _converted(_toml(raw), _Document, "")
     members = {name: _member(name, table) for name, table in document.principals.items()}
+    if not members and not document.shared.says_something:
+        # What is left of one that was lost, more likely than what anybody wrote: the shared tokens would do everything.
+        raise _PlaceError(
+            "",
+            "it has no principal, and does not say whether the shared tokens are on. Put the file back; for a team without "
+            "principals write [shared] and api_token = true",
+        )
     _check_unique(members)
-    return Principals(path, document.shared.api_token, document.shared.admin_token, members, sha256(raw).hexdigest())
+    shared = document.shared
+    return Principals(
+        path, shared.api_token is not False, shared.admin_token is not False, members, sha256(raw).hexdigest()
+    )
 
 
 def _toml(raw: bytes) -> object:

@@ -20,6 +20,7 @@ from kms.errors import AuthFailedError, ConfigError, InputMissingError
 from kms.service.authentication import Authenticator, SharedToken, presented_digest
 from kms.service.principals import Principals, load
 from kms.service.served import Peer
+from kms.storage.audit_log import is_kept
 
 _DATA: Final = Plane.DATA
 
@@ -97,14 +98,21 @@ class Access(NamedTuple):
 class AccessSource:
     """Where what decides on requests comes from: a file of principals beside the two shared tokens, or they alone."""
 
-    def __init__(self, path: Path, shared: Authenticator, clock: Clock, *, is_needed: bool) -> None:
-        """`is_needed` says that the file has to exist."""
+    def __init__(
+        self, path: Path, shared: Authenticator, clock: Clock, *, is_needed: bool, witness: Path | None = None
+    ) -> None:
+        """`is_needed` says that the file has to exist.
+
+        So does an audit log at `witness`, at a start: it was kept since there were principals, and without them the shared
+        tokens could do everything again.
+        """
         self._path = path
         self._shared = shared
         self._clock = clock
         self._is_needed = is_needed
+        self._witness = witness
 
-    def load(self, *, needs_file: bool = False) -> Access:
+    def load(self, *, needs_file: bool = False, is_start: bool = False) -> Access:
         """What decides from now on. Blocking.
 
         Raises what `principals.load` raises; a file that is not there is an error where it is needed, or with `needs_file`.
@@ -115,6 +123,11 @@ class AccessSource:
         except InputMissingError:
             if self._is_needed or needs_file:
                 raise
+            if is_start and self._witness is not None and is_kept(self._witness):
+                raise InputMissingError(
+                    f"there is no file of principals {path}, and the audit log {self._witness} is there, which is kept for "
+                    "principals. Put the file back; or start with --no-principals, and the shared tokens may do everything"
+                ) from None
             return Access(shared, AllowAll(), f"no principals: there is no {path}", is_from_file=False, sha256="")
         authenticator = TeamAuthenticator(shared, principals, self._clock)
         policy = GrantPolicy(

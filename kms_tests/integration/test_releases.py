@@ -126,6 +126,8 @@ def test_its_clients_are_understood_and_answered_as_they_were(release: Path, pro
     try:
         if (release / "principals.toml").exists():
             put(machine.data / "principals.toml", (release / "principals.toml").read_bytes())
+        # Its server made one when it was started the first time.
+        assert machine.admin("init", "--keystore-only").status == 0
         server = machine.start()
         first = ""
         with server.unix() as wire:
