@@ -14,6 +14,8 @@ MAX_FRAME_BYTES_CEILING: Final = 1 << 26
 """What a configuration may raise the frame to; each connection may hold one."""
 MAX_CONNECTIONS: Final = 256
 MAX_CONNECTIONS_CEILING: Final = 1 << 16
+GUARANTEED_FRACTION: Final = 4
+"""One in so many connections is kept for each listener, which no other can take."""
 IDLE_TIMEOUT: Final = 30.0
 """From when the server starts to wait for a frame until it is whole, so one byte a second does not help."""
 WRITE_TIMEOUT: Final = 10.0

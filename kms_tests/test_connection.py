@@ -15,10 +15,18 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
+from kms.server import connection
 from kms.server.connection import Connection, ConnectionBounds
 from kms.server.outbox import Outbox
 from kms.service.pipeline import Later, Rejection
 from kms.service.served import Turn
+
+
+@pytest.fixture(autouse=True)
+def any_first_byte(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is answered here is no JSON, but where that is what a test is about."""
+    if "first_byte" not in request.node.name:
+        monkeypatch.setattr(connection, "_FIRST_BYTES", frozenset(range(256)))
 
 
 class Echo:
@@ -51,6 +59,9 @@ class Echo:
     async def _later(self, line: bytes) -> bytes:
         await self.gate.wait()
         return line
+
+    def reject(self, line: bytes) -> bytes | None:
+        return None
 
     def frame_too_large(self, limit: int) -> bytes:
         return b"too large"

@@ -57,6 +57,9 @@ class Broken:
     def serve(self, line: bytes) -> bytes | Later:
         raise RuntimeError(self.text)
 
+    def reject(self, line: bytes) -> bytes | None:
+        return None
+
     def frame_too_large(self, limit: int) -> bytes:
         return b""
 
@@ -66,7 +69,7 @@ async def test_one_connections_failure_never_touches_another(caplog: pytest.LogC
     ours, theirs = socket.socketpair()
     ours.settimeout(0)
     with theirs:
-        theirs.sendall(b"x\n")
+        theirs.sendall(b"{\n")
         await crowd.serve(ours, "unix")
         assert theirs.recv(10) == b""
     assert "RuntimeError" in caplog.text
@@ -99,18 +102,18 @@ async def test_connections_are_counted_by_transport() -> None:
                 clients.append(held.enter_context(theirs))
                 nursery.start_soon(crowd.serve, ours, transport)
                 await wait_all_tasks_blocked()
-            assert (crowd.open, crowd.refused) == ({"unix": 1, "tcp": 1}, {"tcp": 1})
+            assert (crowd.open, crowd.refused, crowd.evicted) == ({"unix": 1, "tcp": 1}, {}, {"tcp": 1})
             clients[0].close()
             await wait_all_tasks_blocked()
             assert crowd.open == {"unix": 0, "tcp": 1}
-            clients[1].sendall(b"fails\n")
+            clients[2].sendall(b"{fails\n")
         assert crowd.open == {"unix": 0, "tcp": 0}
-        assert crowd.accepted == {"unix": 1, "tcp": 1}
+        assert crowd.accepted == {"unix": 1, "tcp": 2}
         crowd.drain()
         ours, theirs = socket.socketpair()
         held.enter_context(theirs)
         await crowd.serve(ours, "unix")
-        assert (crowd.refused, crowd.accepted) == ({"tcp": 1}, {"unix": 1, "tcp": 1}), "the end of all is no refusal"
+        assert (crowd.refused, crowd.accepted) == ({}, {"unix": 1, "tcp": 2}), "the end of all is no refusal"
 
 
 async def test_a_connection_that_arrives_while_draining_is_closed() -> None:

@@ -11,6 +11,7 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kms.limits import READ_BYTES
+from kms.server import connection as connections
 from kms.server.connection import Connection, ConnectionBounds
 from kms.server.outbox import Outbox
 from kms.service.served import Turn
@@ -21,6 +22,12 @@ BOUNDS = ConnectionBounds(max_frame_bytes=1 << 20, idle_timeout=30, write_timeou
 
 class Recorded(Echo):
     is_recorded = True
+
+
+@pytest.fixture(autouse=True)
+def any_first_byte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is answered here is no JSON."""
+    monkeypatch.setattr(connections, "_FIRST_BYTES", frozenset(range(256)))
 
 
 class Office:

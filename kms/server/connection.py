@@ -10,8 +10,12 @@ Rules:
 - nothing goes out that has to be on record and is not. Who sends one request at a time shares the write of the record
   with all others that are answered in the same round of the event loop (`Outbox`);
 - after TURN_REQUESTS requests it is the other connections' turn, however many more one read has brought; after one that
-  shows no right token, at once;
-- frames of more than one read are served one at a time, over all connections: each may take as long as a thousand others;
+  is refused, at once;
+- frames of more than one read are served one at a time, over all connections: each may take as long as a thousand others.
+  Those without a right token are refused before they come to that, and those of which it cannot be told wait for each
+  other first, so that no more than one of them is ever before somebody who is known;
+- a connection whose first byte begins no JSON is closed without a word: it speaks another protocol, HTTP perhaps, in which
+  a web page can have lines of ours in the body of a request;
 - who shows no right token does not earn a new idle time, and is cut off after MAX_REJECTIONS requests in a row;
 - what one connection makes the server hold is one unfinished frame, one read, and the replies of one turn.
 
@@ -28,13 +32,13 @@ import math
 import socket
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
 from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, MAX_REJECTIONS, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
 from kms.server.outbox import Outbox
-from kms.service.pipeline import Later, Rejection
+from kms.service.pipeline import Later, Refusal, Rejection
 from kms.service.served import Turn
 from kms.wire.framing import Framer
 
@@ -42,6 +46,9 @@ _LINGER_SECONDS = 1.0
 _LINGER_READS = 64
 _one_large_frame = trio.Lock()
 """Two hundred of 1 MiB that end in the same instant would otherwise be one turn of many seconds."""
+_one_stranger = trio.Lock()
+"""In front of it: of those whose token cannot even be read."""
+_FIRST_BYTES: Final = frozenset(b" \t\r\n{")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +67,8 @@ class Session(Protocol):
     def turn(self) -> Turn: ...
 
     def serve(self, line: bytes) -> bytes | Later: ...
+
+    def reject(self, line: bytes) -> bytes | None: ...
 
     def frame_too_large(self, limit: int) -> bytes: ...
 
@@ -85,6 +94,10 @@ class Connection:
         self._deadline = math.inf
         self._idle_deadline = math.inf
         self._rejections = 0
+        self.is_known = False
+        """Whether anybody has shown a right token on it."""
+        self.idle_since = -math.inf
+        """While that is not so: since the last whole frame, or since it was made."""
         self._clock: Callable[[], float]
         self._waiting = True
         self._draining = False
@@ -95,9 +108,14 @@ class Connection:
         if self._waiting:
             self._scope.cancel()
 
+    def evict(self) -> None:
+        """Make room for another: end at once."""
+        self._scope.cancel()
+
     async def serve(self) -> None:
         """Serve until the end. A broken connection is an end like any other."""
         self._clock = trio.lowlevel.current_clock().current_time
+        self.idle_since = self._clock()
         try:
             with self._scope:
                 await self._converse()
@@ -108,6 +126,7 @@ class Connection:
 
     async def _converse(self) -> None:
         framer, sock = self._framer, self._sock
+        is_first = True
         self._await_frame()
         while not self._draining:
             try:
@@ -121,6 +140,10 @@ class Connection:
                 self._unsent = b""
                 self._await_frame()
                 continue
+            if is_first:
+                if data and data[0] not in _FIRST_BYTES:
+                    return
+                is_first = False
             frames = framer.feed(data) if data else framer.finish()
             if frames or framer.too_large:
                 self._waiting = False
@@ -134,8 +157,12 @@ class Connection:
                     await self._send_replies(self._session.frame_too_large(self._bounds.max_frame_bytes) + b"\n")
                     await self._linger()
                     return
-                if self._rejections >= MAX_REJECTIONS:
-                    return
+                if self._rejections:
+                    if self._rejections >= MAX_REJECTIONS:
+                        return
+                    self.idle_since = self._clock()
+                else:
+                    self.is_known = True
                 self._await_frame()
             if not data:
                 return
@@ -199,7 +226,9 @@ class Connection:
             else:
                 self._rejections = 0
             is_last = number == len(frames)
-            if not is_last and (self._rejections or number % TURN_REQUESTS == 0 or len(replies) >= READ_BYTES):
+            if not is_last and (
+                self._rejections or type(reply) is Refusal or number % TURN_REQUESTS == 0 or len(replies) >= READ_BYTES
+            ):
                 await self._send_replies(replies)
                 replies.clear()
                 self._end_at(math.inf)
@@ -208,7 +237,15 @@ class Connection:
 
     async def _serve_large(self, frame: bytes) -> bytes | Later:
         self._end_at(math.inf)
-        async with _one_large_frame:
+        # For each its own turn: two hundred in one would be a second.
+        await trio.lowlevel.checkpoint()
+        if self.is_known:
+            async with _one_large_frame:
+                return self._session.serve(frame)
+        rejection = self._session.reject(frame)
+        if rejection is not None:
+            return rejection
+        async with _one_stranger, _one_large_frame:
             return self._session.serve(frame)
 
     async def _send_replies(self, replies: bytes | bytearray) -> None:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import socket
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 
 import trio
 
 from kms.host.peer import credentials_of
+from kms.limits import GUARANTEED_FRACTION
 from kms.server.connection import Connection, ConnectionBounds, Session
 from kms.server.listeners import Endpoint
 from kms.server.outbox import Outbox
@@ -31,12 +33,17 @@ class Crowd:
     accepted: Counter[str] = field(default_factory=Counter)
     refused: Counter[str] = field(default_factory=Counter)
     """How many there were too many."""
-    _open: set[Connection] = field(default_factory=set)
+    evicted: Counter[str] = field(default_factory=Counter)
+    """How many had to make room, of those on which nobody had shown a right token."""
+    _listening: set[str] = field(default_factory=set)
+    _open: dict[str, set[Connection]] = field(default_factory=lambda: defaultdict(set))
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _draining: bool = False
 
     async def accept(self, endpoint: Endpoint, connections: trio.Nursery) -> None:
         """Serve whoever comes in by `endpoint`, each in a task of `connections`, until cancelled."""
+
+        self._listening.add(endpoint.transport)
 
         async def serve(stream: trio.SocketStream) -> None:
             # The connection works on the bare socket; the stream around it is let go.
@@ -52,30 +59,50 @@ class Crowd:
         with sock:
             if self._draining:
                 return
-            if len(self._open) >= self.max_connections:
+            if not self._has_room(transport):
                 self.refused[transport] += 1
                 return
             self.accepted[transport] += 1
             self.open[transport] += 1
             try:
                 peer = peer_of(sock, next(self._numbers), transport)
-                await self._serve(Connection(sock, self.session(peer), self.bounds, self.outbox))
+                await self._serve(Connection(sock, self.session(peer), self.bounds, self.outbox), self._open[transport])
             except* Exception as errors:
                 log_bug("a connection failed", errors)
             finally:
                 self.open[transport] -= 1
 
-    async def _serve(self, connection: Connection) -> None:
-        self._open.add(connection)
+    async def _serve(self, connection: Connection, beside: set[Connection]) -> None:
+        beside.add(connection)
         try:
             await connection.serve()
         finally:
-            self._open.discard(connection)
+            beside.discard(connection)
+
+    def _has_room(self, transport: str) -> bool:
+        """Whether one more may come in by `transport`, for which one that nobody is known on may have to go.
+
+        Each way in has a share that the others cannot take, and who comes in by it takes nobody's place but there: over
+        TCP anybody on the machine may come, over the Unix socket only those who may open it.
+        """
+        here = self._open[transport]
+        others = len(self._listening - {transport})
+        limit = self.max_connections - others * (self.max_connections // GUARANTEED_FRACTION)
+        if len(here) < limit and sum(map(len, self._open.values())) < self.max_connections:
+            return True
+        strangers = [connection for connection in here if not connection.is_known]
+        if not strangers:
+            return False
+        longest = min(strangers, key=lambda connection: connection.idle_since)
+        here.discard(longest)
+        longest.evict()
+        self.evicted[transport] += 1
+        return True
 
     def drain(self) -> None:
         """Let each connection finish what it is at, and take no more."""
         self._draining = True
-        for connection in self._open:
+        for connection in chain.from_iterable(self._open.values()):
             connection.drain()
 
 

@@ -32,7 +32,7 @@ from kms.service.event import Event
 from kms.service.handlers import Handlers
 from kms.service.refusals import Refusals
 from kms.service.served import Observer, Peer, Served, Turn, UsageCounter, bounded_name
-from kms.wire.messages import ErrorReply, Reply, Request, UndecodableRequestError, decode_request, encode
+from kms.wire.messages import ErrorReply, Reply, Request, UndecodableRequestError, decode_request, encode, presented
 
 log: Final = logging.getLogger("kms.audit")
 
@@ -42,6 +42,10 @@ _HEALTH: Final = Operation.HEALTH
 
 Later = Callable[[], Awaitable[bytes]]
 """A reply that may wait for the disk. Nothing of it has begun until it is called, so it may be dropped until then."""
+
+
+class Refusal(bytes):
+    """A reply to somebody who is known, and was refused."""
 
 
 class Rejection(bytes):
@@ -143,6 +147,24 @@ class Session:
             )
         return encode(reply)
 
+    def reject(self, line: bytes) -> Rejection | None:
+        """The reply to `line`, if who sent it shows no right token; else None, and nothing was served.
+
+        It costs little, also of a long line, which whoever wants to be served has to have in front of their others.
+        """
+        began = perf_counter()
+        shown = presented(line)
+        if shown is None:
+            return None
+        kind, token = shown
+        try:
+            self._pipeline.authenticator.authenticate(kind.plane, token, self._peer)
+        except AuthFailedError as error:
+            self._number += 1
+            served = Served(self._peer, self._number, None, kind, None, None, error.with_traceback(None), began, None)
+            return Rejection(self._refuse(served, error))
+        return None
+
     def commit(self) -> bytes | None:
         """Put what was served since the last time on record: None when that is done, or what to send instead."""
         return self._pipeline.commit([self.take()])[0] if self.turn else None
@@ -211,7 +233,7 @@ class Session:
             usage.refused(served)
         reply = ErrorReply(error.code, str(error), request_id=served.request_id)
         line = self._answer(served, reply, has_begun=has_begun)
-        return Rejection(line) if isinstance(error, AuthFailedError) else line
+        return Rejection(line) if isinstance(error, AuthFailedError) else Refusal(line)
 
     def _answer(self, served: Served, reply: Reply, *, has_begun: bool = False) -> bytes:
         """The line of `reply`, which is sent once `served` is on record, where there is one."""

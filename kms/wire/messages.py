@@ -270,6 +270,19 @@ def decode_request(line: bytes) -> Request:
     return request
 
 
+def presented(line: bytes) -> tuple[type[Request], str] | None:
+    """Of which type the request in `line` is, and the token that it shows; None where that cannot be told.
+
+    It decodes nothing else, so that a long line costs a stranger's server little: 1 ms for a MiB, instead of 15.
+    """
+    try:
+        head = _head_decoder.decode(line)
+        kind, token = _request_types.get(_text(head.type)), _text(head.token)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return None
+    return None if kind is None else (kind, token)
+
+
 def group_of(key_id: str | None) -> str:
     """The group a data request names: omitted, null or blank is `default`."""
     return key_id if key_id and not key_id.isspace() else DEFAULT_KEY_GROUP
