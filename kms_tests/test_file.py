@@ -29,7 +29,7 @@ from kms.errors import (
     WrongPassphraseError,
 )
 from kms.host import durable
-from kms.storage import file
+from kms.storage import document, file
 from kms.storage.file import Keystore, KeystoreLock
 
 NOW = 1_700_000_000
@@ -486,6 +486,43 @@ def test_nothing_is_saved_without_the_lock_that_others_would_have_to_take(made: 
                 keystore.save(_rotated(keystore, keyring))
             saved = _load(made)[1]
             assert saved.generation == keyring.generation + 1
+
+
+def test_what_is_put_there_while_the_passphrase_is_derived_is_not_saved_over(
+    made: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = made.read_bytes() + b"\n"
+    real = document.KdfHeader.derive
+
+    def derive(self: document.KdfHeader, passphrase: Secret) -> Secret:
+        made.write_bytes(others)
+        return real(self, passphrase)
+
+    monkeypatch.setattr(document.KdfHeader, "derive", derive)
+    keystore, keyring = _load(made)
+    with pytest.raises(KeystoreReplacedError):
+        keystore.save(_rotated(keystore, keyring))
+    assert made.read_bytes() == others
+
+
+def test_nor_is_what_is_put_there_right_after_a_save(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keystore, keyring = _load(made)
+    real = durable.write_file
+
+    def raced(*arguments: Any) -> Any:
+        written = real(*arguments)
+        made.with_name("other").write_bytes(b"another's")
+        made.with_name("other").replace(made)
+        made.chmod(0o600)
+        return written
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable, "write_file", raced)
+        saved = _rotated(keystore, keyring)
+        keystore.save(saved)
+    with pytest.raises(KeystoreReplacedError):
+        keystore.save(_rotated(keystore, saved))
+    assert made.read_bytes() == b"another's"
 
 
 def test_a_new_keystore_is_not_put_over_one_that_came_meanwhile(path: Path, tiny: KdfParameters) -> None:

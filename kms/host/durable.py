@@ -42,6 +42,8 @@ class DurableFile:
         self._temp = path.with_name(f".{path.name}{TEMP_MARK}{secrets.token_hex(8)}")
         self._descriptor = os.open(self._temp, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         self._committed = False
+        self.state: os.stat_result | None = None
+        """Of the file that was committed, before it had its name: the rename may change its ctime, and nothing else."""
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data`."""
@@ -58,6 +60,7 @@ class DurableFile:
         `last_look` is called right before the rename, and ends it by whatever it raises.
         """
         os.fsync(self._descriptor)
+        self.state = os.fstat(self._descriptor)
         descriptor, self._descriptor = self._descriptor, -1
         os.close(descriptor)
         # Opened before the rename: where no descriptor is free, nothing has happened yet.
@@ -112,11 +115,17 @@ def replaceable(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def write_file(path: Path, data: bytes | bytearray | memoryview, last_look: Callable[[], None] = lambda: None) -> None:
-    """`data` durably under `path`, replacing what is there; `last_look` and errors as for `DurableFile.commit`."""
+def write_file(
+    path: Path, data: bytes | bytearray | memoryview, last_look: Callable[[], None] = lambda: None
+) -> os.stat_result | None:
+    """`data` durably under `path`, replacing what is there; `last_look` and errors as for `DurableFile.commit`.
+
+    Returns `DurableFile.state`.
+    """
     with DurableFile(path) as file:
         file.write(data)
         file.commit(last_look)
+        return file.state
 
 
 def remove_stale_temp_files(path: Path) -> None:

@@ -14,9 +14,8 @@ import stat
 from pathlib import Path
 from typing import Final
 
-_MOST_BYTES: Final = 32
-_OURS: Final = re.compile(rb"[0-9\n\0]*")
-"""A pid and a line end; of one that a crash cut short, a part or zeros."""
+_MOST_BYTES: Final = 16
+"""A pid and a line end; what a crash has left of them may be anything, but not longer."""
 
 
 class LockHeldError(Exception):
@@ -47,8 +46,6 @@ def hold(path: Path) -> int:
             raise LockHeldError(_holder(descriptor)) from None
         if not is_held(path, descriptor):
             raise OSError(errno.EAGAIN, "it was exchanged just now; try again")
-        if not _OURS.fullmatch(os.pread(descriptor, _MOST_BYTES + 1, 0)):
-            raise _foreign()
         pid = f"{os.getpid()}\n".encode("ascii")
         os.pwrite(descriptor, pid, 0)
         os.ftruncate(descriptor, len(pid))

@@ -88,17 +88,20 @@ class _LastLook:
     """
 
     def __init__(self, lock: KeystoreLock, content: bytes | None) -> None:
-        """`content` is what the file holds; None where there has to be none."""
+        """`content` is what the file held when it was read; None where there has to be none."""
         self._lock = lock
-        self.has(content)
-
-    def has(self, content: bytes | bytearray | None) -> None:
-        """From now on this is what has to be there."""
         self._digest = None if content is None else sha256(content).digest()
+        # Not looked at here: what was read may not be what is there by now, and a key derivation lies in between.
         self._identity: tuple[int, ...] | None = None
-        # Where it cannot be told now, the content decides the next time.
+
+    def was_saved(self, content: bytes | bytearray, written: os.stat_result | None) -> None:
+        """From now on this is what has to be there. `written` is the state of the file before it had its name."""
+        self._digest, self._identity = sha256(content).digest(), None
+        # Where it cannot be told now, or is another's already, the content decides the next time.
         with contextlib.suppress(OSError):
-            self._identity = _identity(self._lock.keystore)
+            found = _identity(self._lock.keystore)
+            if written is not None and found is not None and found[:4] == _identified(written)[:4]:
+                self._identity = found
 
     def __call__(self) -> None:
         """Raises `KeystoreReplacedError` when it is not there any more, `OSError` when that cannot be told."""
@@ -109,7 +112,9 @@ class _LastLook:
                 "saved. Stop all but one, look which keystore is the right one, and start again"
             )
         found = _identity(path)
-        if found == self._identity and (found is None) == (self._digest is None):
+        if found is None and self._digest is None:
+            return
+        if found is not None and found == self._identity:
             return
         # A backup that makes a hard link, or a chown, changes what is told of a file, but not what is in it.
         if found is not None and self._holds_the_same(path):
@@ -133,9 +138,12 @@ class _LastLook:
 
 def _identity(path: Path) -> tuple[int, ...] | None:
     try:
-        state = os.lstat(path)
+        return _identified(os.lstat(path))
     except FileNotFoundError:
         return None
+
+
+def _identified(state: os.stat_result) -> tuple[int, ...]:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
@@ -183,7 +191,7 @@ class Keystore:
         try:
             if self._replaces is not None:
                 self._keep_replaced(self._replaces)
-            durable.write_file(self.path, content, self._last_look)
+            written = durable.write_file(self.path, content, self._last_look)
         except durable.RenameError as error:
             raise SaveOutcomeUnknownError(
                 f"saving {self.path} failed at its last step ({error.strerror}); check the disk, then start again"
@@ -191,7 +199,7 @@ class Keystore:
         except OSError as error:
             remedy = _REMEDIES.get(error.errno or 0, "")
             raise SaveFailedError(f"cannot save {self.path}: {error.strerror}; nothing was changed{remedy}") from error
-        self._last_look.has(content)
+        self._last_look.was_saved(content, written)
         self._replaces = None
 
     def _keep_replaced(self, raw: bytes) -> None:

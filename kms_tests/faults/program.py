@@ -53,6 +53,7 @@ def _write_in_place() -> None:
         os.fsync(descriptor)
         os.close(descriptor)
         durable.sync_names(path.parent)
+        return
 
     durable.write_file = write_file
 

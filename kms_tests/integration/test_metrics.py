@@ -166,6 +166,7 @@ def test_the_audit_log_is_watched_from_when_there_is_one(machine: Machine) -> No
     assert "minikms_audit" not in scrape(server)
     principals = machine.data / "principals.toml"
     principals.touch(0o600)
+    principals.write_text("[shared]\napi_token = true\n")
     server.process.send_signal(signal.SIGHUP)
     eventually("the log is kept", lambda: "minikms_audit_records_total" in scrape(server))
     before = values(scrape(server), "minikms_audit_records_total")[()]

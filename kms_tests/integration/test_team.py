@@ -306,6 +306,8 @@ def test_a_bad_file_is_refused_with_one_line_and_the_old_one_stays(team: Team) -
         assert "not reloaded" in team.reload()
         assert code(wire.ask(type="Health", token=token)) == "ok", "a file that is gone takes nobody's access away"
         team.write("")
+        assert code(wire.ask(type="Health", token=token)) == "ok", "nor does one that has lost its content"
+        team.write("[shared]\napi_token = true\n")
         assert wire.ask(type="Health", token=token) == NOBODY
 
 

@@ -138,6 +138,7 @@ def test_what_init_makes_is_private_from_the_start(bare: Machine) -> None:
 
 def test_what_a_server_makes_is_private_from_the_start(recorder: Recorder) -> None:
     recorder.machine.keystore.unlink()
+    recorder.run([*program("admin"), "init", "--keystore-only"])
     serve(recorder, rotate)
     assert "kms.sock" in recorder.born
     assert sum(".keystore.json.tmp-" in name for name in recorder.born) == 2, "the first keystore, and a save"

@@ -141,7 +141,9 @@ def test_a_typed_passphrase_leaves_no_trace(bare: Machine, passphrase: str) -> N
 @pytest.mark.parametrize("passphrase", [28], indirect=True)
 def test_a_first_run_leaves_no_trace_of_the_passphrase(bare: Machine, passphrase: str) -> None:
     tokens = {"MINIKMS_API_TOKEN": secrets.token_hex(), "MINIKMS_ADMIN_TOKEN": secrets.token_hex()}
-    assert_no_trace(bare.start(environment={"MINIKMS_PASSPHRASE": passphrase, **tokens}), passphrase)
+    environment = {"MINIKMS_PASSPHRASE": passphrase, **tokens}
+    assert bare.admin("init", "--keystore-only", environment=environment).status == 0
+    assert_no_trace(bare.start(environment=environment), passphrase)
 
 
 @pytest.mark.parametrize("passphrase", [28], indirect=True)
