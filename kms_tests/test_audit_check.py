@@ -154,7 +154,7 @@ def test_a_change_that_failed_leaves_it_authentic_under_the_old_one(install: Ins
     assert install.verify().count == 0
 
 
-def _only_for(path: Path, otherwise: Callable[..., None]) -> Callable[..., None]:
+def _only_for(path: Path, otherwise: Callable[..., None]) -> Callable[..., object]:
     real = durable.write_file
     return lambda target, data, *_: real(target, data) if target == path else otherwise()
 
