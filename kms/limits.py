@@ -122,7 +122,11 @@ MAX_AUDIT_LINE_BYTES: Final = 1 << 13
 """One record. Two names of groups, each of 255 characters that JSON writes as six, make 3 KiB of it; the rest is short."""
 AUDIT_TAIL_BYTES: Final = 1 << 20
 """What is read of a log's end to go on from there: more than what failed writes, one upon another, leave behind it."""
-MAX_AUDIT_HEAD_BYTES: Final = 1 << 10
+AUDIT_HEAD_SLOT_BYTES: Final = 1 << 9
+"""One of the two places of the head; a disk writes as much at once."""
+MAX_AUDIT_HEAD_BYTES: Final = 2 * AUDIT_HEAD_SLOT_BYTES
+AUDIT_RESERVE_BYTES: Final = 1 << 20
+"""Kept on the disk for what comes next: 4,000 records, in which somebody has time to make room."""
 AUDIT_SYNC_INTERVAL: Final = 1.0
 """How often the records of the data plane are made durable, and the file is looked after: what a power cut may take."""
 AUDIT_HEAD_INTERVAL: Final = 1.0

@@ -31,6 +31,7 @@ from kms.core.audit import (
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError
 from kms.limits import (
+    AUDIT_HEAD_SLOT_BYTES,
     MAX_AUDIT_HEAD_BYTES,
     MAX_AUDIT_LINE_BYTES,
     MAX_GROUP_NAME_BYTES,
@@ -111,7 +112,7 @@ def test_no_record_is_longer_than_a_line_may_be() -> None:
     assert line is not None
     assert line.is_after(bytes(32), audit_keys())
     head = Head(chain.seq, MAX_VERSION, to_text(chain.mac).decode()).encode(audit_keys())
-    assert len(head) < MAX_AUDIT_HEAD_BYTES / 2
+    assert len(head) == AUDIT_HEAD_SLOT_BYTES == MAX_AUDIT_HEAD_BYTES / 2
 
 
 @given(stored_names, st.text(max_size=64), st.integers(0, MAX_VERSION))
@@ -251,9 +252,32 @@ def test_no_altered_head_is_decoded() -> None:
     assert decode_head(raw + b"\n", audit_keys()) is None
 
 
+def test_of_two_slots_the_later_counts_and_of_one_that_a_crash_has_cut_short_the_other() -> None:
+    slots = [Head(seq, 1, to_text(bytes(32)).decode()).encode(audit_keys()) for seq in (5, 6)]
+    for one, other in (slots, reversed(slots)):
+        head = decode_head(one + other, audit_keys())
+        assert head is not None
+        assert head.seq == 6
+    for length in range(AUDIT_HEAD_SLOT_BYTES):
+        for cut in (slots[1][:length].ljust(AUDIT_HEAD_SLOT_BYTES, b"\0"), slots[1][:length] + bytes(512 - length)):
+            for raw in (slots[0] + cut, cut + slots[0]):
+                head = decode_head(raw, audit_keys())
+                assert head is not None
+                assert head.seq == 5
+
+
+def test_a_head_of_one_line_as_earlier_versions_wrote_it_is_read() -> None:
+    line = Head(5, 1, to_text(bytes(32)).decode()).encode(audit_keys()).rstrip() + b"\n"
+    head = decode_head(line, audit_keys())
+    assert head is not None
+    assert head.seq == 5
+    assert decode_head(line[:-1], audit_keys()) is None
+    assert decode_head(line + b"\n", audit_keys()) is None
+
+
 def test_a_line_is_no_head_nor_a_head_a_line() -> None:
     head = Head(5, 1, to_text(bytes(32)).decode())
-    body = head.encode(audit_keys())[:-54] + b"}"
+    body = head.encode(audit_keys()).rstrip()[:-53] + b"}"
     as_line = body[:-1] + b',"mac":"' + to_text(audit_keys().mac(bytes(32) + body)) + b'"}\n'
     assert decode_head(as_line, audit_keys()) is None
 

@@ -19,7 +19,8 @@ from kms.host import durable
 from kms.limits import MAX_AUDIT_LINE_BYTES
 from kms.storage import file
 from kms.storage.audit_check import verify
-from kms.storage.audit_log import AuditLog, head_path
+from kms.storage.audit_head import head_path
+from kms.storage.audit_log import AuditLog
 from kms.storage.file import AuditReader, KeystoreLock
 from kms_tests import format2
 from kms_tests.audit_logs import lines, operation, told

@@ -23,10 +23,11 @@ from kms.errors import (
     SecretFileError,
     UnavailableError,
 )
-from kms.host import durable
-from kms.limits import AUDIT_ROTATION_TIME, AUDIT_TAIL_BYTES, MAX_KEPT_RECORDS
+from kms.host import durable, space
+from kms.limits import AUDIT_RESERVE_BYTES, AUDIT_ROTATION_TIME, AUDIT_TAIL_BYTES, MAX_AUDIT_HEAD_BYTES, MAX_KEPT_RECORDS
 from kms.storage import audit_log
-from kms.storage.audit_log import AuditLog, handing_over, head_path, is_kept, read_head
+from kms.storage.audit_head import head_path, read_head
+from kms.storage.audit_log import AuditLog, handing_over, is_kept
 from kms_tests.audit_logs import audit_keys, lines, operation, told, verified
 
 NOW = 1_769_860_800.25
@@ -127,6 +128,12 @@ def _crash(log: AuditLog) -> None:
     log._let_go()
 
 
+def _head_seq(path: Path) -> int:
+    head = decode_head(head_path(path).read_bytes(), audit_keys())
+    assert head is not None
+    return head.seq
+
+
 def _records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_bytes().splitlines() if line.endswith(b'"}')]
 
@@ -194,7 +201,7 @@ def test_what_is_written_is_durable_after_sync_and_has_an_age_until_then(
 
 def test_the_head_follows_the_log_once_a_second_or_when_it_has_to(log: AuditLog, path: Path, clock: Clock) -> None:
     def head() -> int:
-        return int(json.loads(head_path(path).read_bytes())["seq"])
+        return _head_seq(path)
 
     log.write([operation()])
     log.sync()
@@ -215,7 +222,7 @@ def test_the_head_never_names_what_is_not_durable(open_log: Open, path: Path, di
     disk.fsync_error = OSError(errno.EIO, "Input/output error")
     with pytest.raises(UnavailableError):
         log.sync(force=True)
-    assert json.loads(head_path(path).read_bytes())["seq"] == 1
+    assert _head_seq(path) == 1
 
 
 def test_the_names_of_new_files_are_made_durable(open_log: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +252,7 @@ def test_closing_says_stop_and_is_durable(log: AuditLog, path: Path) -> None:
     log.close()
     log.close()
     assert _events(path) == ["Start", "Encrypt", "Stop"]
-    assert json.loads(head_path(path).read_bytes())["seq"] == 3
+    assert _head_seq(path) == 3
     assert log.trouble == ""
     assert _is_sound(path)
 
@@ -508,7 +515,7 @@ def test_of_a_long_log_only_the_end_is_read(open_log: Open, path: Path, monkeypa
         read.append(length)
         return os.pread(descriptor, length, offset)
 
-    monkeypatch.setattr(audit_log, "_read", record)
+    monkeypatch.setattr(audit_log, "read_at", record)
     open_log()
     assert max(read) <= 2000
     assert _is_sound(path)
@@ -850,7 +857,7 @@ def test_a_head_that_cannot_be_written_is_trouble_too(
 
     log.write([operation()])
     with monkeypatch.context() as patch:
-        patch.setattr(durable, "write_file", full)
+        patch.setattr(os, "pwrite", full)
         with pytest.raises(UnavailableError, match=r"audit\.log\.head: No space left"):
             log.sync(force=True)
         log.check()
@@ -1167,3 +1174,75 @@ def test_a_log_under_other_keys_is_not_handed_over(open_log: Open, path: Path) -
     with pytest.raises(AuditLogError), handing_over(path, audit_keys(3), audit_keys(2), generation=5):
         raise AssertionError("it must not come to the save")
     assert path.read_bytes() == before
+
+
+def test_the_head_is_written_in_place_and_takes_no_space(
+    log: AuditLog, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inode = head_path(path).stat().st_ino
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(durable, "write_file", full)
+    for number in range(2, 6):
+        log.write([operation(number)])
+        log.sync(force=True)
+        assert (_head_seq(path), head_path(path).stat().st_ino) == (number, inode)
+    assert head_path(path).stat().st_size == MAX_AUDIT_HEAD_BYTES
+
+
+def test_a_head_that_was_exchanged_is_made_anew(log: AuditLog, path: Path) -> None:
+    head_path(path).unlink()
+    log.write([operation()])
+    log.sync(force=True)
+    assert _head_seq(path) == 2
+
+
+def test_space_is_kept_behind_the_end_of_the_log_and_given_back(open_log: Open, path: Path) -> None:
+    log = open_log()
+    if not log._can_reserve:
+        pytest.skip("this file system keeps no space")
+    assert path.stat().st_blocks * 512 >= AUDIT_RESERVE_BYTES
+    assert path.stat().st_size < 1000
+    log.close()
+    assert path.stat().st_blocks * 512 < AUDIT_RESERVE_BYTES
+    assert _verified(path).count == 0
+
+
+def test_what_was_used_of_the_space_is_renewed(open_log: Open, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(space, "reserve", lambda _, offset, length: asked.append((offset, length)))
+    monkeypatch.setattr(audit_log, "AUDIT_RESERVE_BYTES", 1000)
+    log = open_log()
+    log.check()
+    assert asked == [(0, 1000)]
+    while log._position.length < 600:
+        log.write([operation()])
+    log.check()
+    assert asked == [(0, 1000), (log._position.length, 1000)]
+    _rotated(path)
+    log.reopen()
+    assert asked[-1][0] < 500, "in the new file, too"
+
+
+def test_where_no_space_can_be_kept_that_is_said_and_a_full_disk_is_told_apart(
+    open_log: Open, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    number = errno.EOPNOTSUPP
+
+    def fail(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(space, "reserve", fail)
+    log = open_log()
+    assert not log.is_scarce
+    assert any("cannot keep space" in remark for remark in log.remarks)
+    log.close()
+    number = errno.ENOSPC
+    log = open_log()
+    assert log.is_scarce
+    assert log.remarks == []
+    monkeypatch.setattr(space, "reserve", lambda *_: None)
+    log.check()
+    assert not log.is_scarce

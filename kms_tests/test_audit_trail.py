@@ -16,6 +16,7 @@ from kms.errors import InternalError, UnavailableError
 from kms.host.peer import Credentials
 from kms.service.audit_settings import DataAudit
 from kms.service.audit_trail import AuditTrail
+from kms.service.pipeline import Rejection
 from kms.service.served import Peer, Turn
 from kms_tests.in_memory import ADMIN, API, PEER, Only, Server, finish, text
 
@@ -30,6 +31,7 @@ class Log:
         self.kept: list[Any] = []
         self.writes = 0
         self.is_failing = False
+        self.is_scarce = False
         self.fails_next = False
 
     def write(self, records: Sequence[Record], *, keep: bool = False) -> None:
@@ -330,3 +332,46 @@ def test_without_a_trail_nothing_is_kept_of_a_turn() -> None:
         session.serve(request("Encrypt", plaintext=""))
     assert session.commit() is None
     assert session.turn == []
+
+
+def test_refusals_of_a_kind_have_one_record_and_then_a_number(server: Audited) -> None:
+    for _ in range(5):
+        server.ask("Encrypt", "wrong", plaintext="", keyId="billing", requestId="mine")
+    (first,) = server.log.records
+    assert (first.operation, first.error_code, first.group, first.request_id) == ("Encrypt", "AuthFailed", None, None)
+    assert server.pipeline.trail is not None
+    server.pipeline.trail.write_repeats()
+    counted = server.log.records[-1]
+    assert (counted.event, counted.count, counted.operation) == ("Refusals", 4, "Encrypt")
+    assert (counted.error_code, counted.transport) == ("AuthFailed", PEER.transport)
+    server.pipeline.trail.write_repeats()
+    assert len(server.log.records) == 2
+
+
+def test_where_space_is_short_strangers_are_only_counted(server: Audited) -> None:
+    server.log.is_scarce = True
+    server.ask("Encrypt", "wrong", plaintext="")
+    server.ask("Encrypt", plaintext="")
+    assert [record.outcome for record in server.log.records] == ["ok"]
+    trail = server.pipeline.trail
+    assert trail is not None
+    trail.write_repeats()
+    assert len(server.log.records) == 1
+    trail.write_repeats(is_last=True)
+    assert server.log.records[-1].count == 1
+
+
+def test_while_the_log_fails_a_wrong_token_is_one_all_the_same(server: Audited) -> None:
+    server.log.is_failing = True
+    line = json.dumps({"type": "Encrypt", "token": "wrong", "plaintext": ""}).encode()
+    assert type(server.session.serve(line)) is Rejection
+
+
+def test_which_file_of_principals_decides_is_on_record_even_when_that_has_to_wait(server: Audited) -> None:
+    trail = server.pipeline.trail
+    assert trail is not None
+    trail.write_principals("ab" * 32)
+    assert (server.log.records[-1].event, server.log.records[-1].principals_sha256) == ("Principals", "ab" * 32)
+    server.log.is_failing = True
+    trail.write_principals("")
+    assert server.log.kept[-1].principals_sha256 == ""

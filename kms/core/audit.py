@@ -35,7 +35,7 @@ from msgspec import Meta, Struct
 from kms.core.envelope import EnvelopeKey
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError
-from kms.limits import KEY_BYTES, MAX_AUDIT_LINE_BYTES, MAX_VERSION
+from kms.limits import AUDIT_HEAD_SLOT_BYTES, KEY_BYTES, MAX_AUDIT_LINE_BYTES, MAX_VERSION
 
 Outcome = Literal["begun", "ok", "refused"]
 Event = Literal["Start", "Continue", "Recover", "Stop", "ChangePassphrase", "Principals", "Refusals"]
@@ -264,9 +264,10 @@ class Head(Struct, frozen=True):
     """The record's MAC, base64."""
 
     def encode(self, keys: AuditKeys) -> bytes:
-        """The head file."""
+        """One of the two slots of the head file: a line that spaces fill up to AUDIT_HEAD_SLOT_BYTES."""
         body = _encode(self)
-        return b'%b,"mac":"%b"}\n' % (body[:-1], to_text(keys.mac(_HEAD_DOMAIN + body)))
+        line = b'%b,"mac":"%b"}' % (body[:-1], to_text(keys.mac(_HEAD_DOMAIN + body)))
+        return line.ljust(AUDIT_HEAD_SLOT_BYTES - 1) + b"\n"
 
     @property
     def chain(self) -> Chain:
@@ -277,11 +278,28 @@ _head_decoder: Final = msgspec.json.Decoder(Head)
 
 
 def decode_head(raw: bytes, keys: AuditKeys) -> Head | None:
-    """The head in a head file; None when it was not made under `keys`, or was altered."""
-    end = len(raw) - _SUFFIX_BYTES - 1
-    body = raw[:end] + b"}"
-    expected = b',"mac":"%b"}\n' % to_text(keys.mac(_HEAD_DOMAIN + body))
-    if end < 0 or not hmac.compare_digest(raw[end:], expected):
+    """The head in a head file; None when neither of its slots was made under `keys`, or both were altered.
+
+    Of two it is the later one: they are written by turns, so that a write which a crash cuts short leaves the other.
+    Earlier versions had one line and no slots.
+    """
+    if len(raw) > AUDIT_HEAD_SLOT_BYTES and len(raw) != 2 * AUDIT_HEAD_SLOT_BYTES:
+        return None
+    slots = (raw[:AUDIT_HEAD_SLOT_BYTES], raw[AUDIT_HEAD_SLOT_BYTES:])
+    heads = [head for slot in slots if (head := _decode_slot(slot, keys)) is not None]
+    return max(heads, key=lambda head: head.seq, default=None)
+
+
+def _decode_slot(slot: bytes, keys: AuditKeys) -> Head | None:
+    if not slot.endswith(b"\n"):
+        return None
+    line = slot[:-1]
+    if len(slot) == AUDIT_HEAD_SLOT_BYTES:
+        line = line.rstrip(b" ")
+    end = len(line) - _SUFFIX_BYTES
+    body = line[:end] + b"}"
+    expected = b',"mac":"%b"}' % to_text(keys.mac(_HEAD_DOMAIN + body))
+    if end < 0 or not hmac.compare_digest(line[end:], expected):
         return None
     return _head_decoder.decode(body)
 

@@ -102,7 +102,8 @@ class AuditKeeper:
     def close(self) -> None:
         """Put on record that the server stops, and let go of the file."""
         if self.log is not None:
-            self._write_repeats()
+            if self.trail is not None:
+                self.trail.write_repeats(is_last=True)
             self.log.close()
             if self.log.trouble:
                 log.error("the audit log %s does not say that the server stopped: %s", self.log.path, self.log.trouble)

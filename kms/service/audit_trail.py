@@ -60,6 +60,11 @@ class Log(Protocol):
         """Whether it can be written, as far as is known."""
         ...
 
+    @property
+    def is_scarce(self) -> bool:
+        """Whether the disk has no more space for it than what is kept."""
+        ...
+
     def write(self, records: Sequence[Record], *, keep: bool = False) -> None:
         """Append all of them, or none, which raises `UnavailableError`; with `keep` they are written later then.
 
@@ -107,7 +112,7 @@ class AuditTrail:
             for _, served in turn
             if served is not None
             and (self._wants_all or self._wants(served))
-            and (served.error is None or self._refusals.is_first(served))
+            and (served.error is None or self._is_put_on_record(served))
         ]
         if not wanted:
             return
@@ -119,8 +124,22 @@ class AuditTrail:
                     self._refusals.forget(served)
             raise
 
-    def write_repeats(self) -> None:
-        """Put on record how many refusals were only counted, now or as soon as that can be done."""
+    def _is_put_on_record(self, refused: Served) -> bool:
+        if not self._refusals.is_first(refused):
+            return False
+        if refused.principal is None and self._log.is_scarce:
+            # What space is left is not for strangers: they could fill it, a line a second.
+            self._refusals.count(refused)
+            return False
+        return True
+
+    def write_repeats(self, *, is_last: bool = False) -> None:
+        """Put on record how many refusals were only counted, now or as soon as that can be done.
+
+        Where space is short, that is once there is some again, or when `is_last`.
+        """
+        if self._log.is_scarce and not is_last:
+            return
         repeats = self._refusals.take()
         if repeats:
             with contextlib.suppress(UnavailableError):

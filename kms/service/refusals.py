@@ -72,6 +72,12 @@ class Refusals:
         self._counts[kind] = 0
         return True
 
+    def count(self, served: Served) -> None:
+        """It was a first, and there is no space to put that on record: it is counted, too."""
+        kind = kind_of(served)
+        if kind in self._counts:
+            self._counts[kind] += 1
+
     def forget(self, served: Served) -> None:
         """The first of its kind is not on record: the next one is to be."""
         kind = kind_of(served)

@@ -17,7 +17,7 @@ from kms.core.audit import AuditKeys, decode_head, parse
 from kms.core.audit_verifier import Verifier
 from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError
 from kms.limits import MAX_AUDIT_LINE_BYTES, MAX_KEY_CHANGES
-from kms.storage.audit_log import head_path, read_head
+from kms.storage.audit_head import head_path, read_head
 from kms.storage.file import AuditReader
 
 _HANDS_OVER: Final = b'"event":"ChangePassphrase"'

@@ -1,12 +1,15 @@
 """The audit log's file: appended to, made durable, rotated; and what becomes of it when it cannot be written.
 
     audit.log        the records, one line each (`kms.core.audit`); only ever appended to
-    audit.log.head   the last record that is known to be durable, under the same key
+    audit.log.head   the last record that is known to be durable, under the same key (`kms.storage.audit_head`)
     audit.log.lock   held for as long as the log is open: two keystores may name the same log
 
 **Appending.** `write` appends all records of a batch by one system call, in the event loop's thread, and has taken
 nothing over until that has succeeded. `sync` makes durable what was written, from any thread, and only then writes the
 head. So the log never ends before the record that the head names, unless somebody has cut it short.
+
+**Space.** Some is kept behind the end of the file before it is used, so that a disk which others have filled takes what
+is recorded for a while longer. The head is written in place, and needs none.
 
 **Trouble.** A log is in trouble from when it could not be written, could not be made durable, or is no longer the file
 at its path. `write` raises `UnavailableError` then. It comes out of it by a Recover record, which goes before all others
@@ -31,6 +34,7 @@ the head.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 from collections import deque
@@ -68,16 +72,17 @@ from kms.errors import (
     KeystoreLockedError,
     UnavailableError,
 )
-from kms.host import durable, locking
+from kms.host import durable, locking, space
 from kms.host.private import make_private_directory, open_private
 from kms.limits import (
     AUDIT_HEAD_INTERVAL,
+    AUDIT_RESERVE_BYTES,
     AUDIT_RETRY_INTERVAL,
     AUDIT_ROTATION_TIME,
     AUDIT_TAIL_BYTES,
-    MAX_AUDIT_HEAD_BYTES,
     MAX_KEPT_RECORDS,
 )
+from kms.storage.audit_head import HeadFile, head_path, is_at, read_at, read_head
 
 Clock = Callable[[], float]
 
@@ -134,6 +139,11 @@ class AuditLog:
         self._retry_at = self._head_due = float("-inf")
         self._misplaced_since: float | None = None
         self._dirty_since = monotonic()
+        self._reserved_to = 0
+        self._can_reserve = True
+        self.is_scarce = False
+        """Whether no more space can be kept for it: what there is, is for who is authenticated."""
+        self._head: Final = HeadFile(head_path(path))
         self._lock = _hold(path)
         self._position = Position(-1, 0, NEW_CHAIN, 0)
         self.remarks: Final[list[str]] = []
@@ -142,6 +152,9 @@ class AuditLog:
             first = self._open(accept_rollback=accept_rollback)
             if successor is not None:
                 first.event, first.sealed_key = "ChangePassphrase", keys.sealed_for(successor)
+            self._reserve()
+            if not self._can_reserve:
+                self.remarks.append("its file system cannot keep space for it: on a full disk nothing is answered")
             self._append([first])
             self._settled()
             self.sync(force=True)
@@ -207,7 +220,7 @@ class AuditLog:
         """The file's last record, if it has one, and what stands behind it that is none; raises `AuditLogError`."""
         descriptor, length = self._position.descriptor, self._position.length
         start = max(0, length - AUDIT_TAIL_BYTES)
-        raw = _read(descriptor, length - start, start)
+        raw = read_at(descriptor, length - start, start)
         if start:
             # From the middle of a line.
             raw = raw[raw.find(b"\n") + 1 :]
@@ -332,6 +345,7 @@ class AuditLog:
         self._write_trouble = why
         with contextlib.suppress(OSError):
             os.ftruncate(self._position.descriptor, self._position.length)
+            self._reserved_to = 0
         raise self._unavailable()
 
     def _unavailable(self) -> UnavailableError:
@@ -382,6 +396,8 @@ class AuditLog:
         if length > position.length:
             with contextlib.suppress(OSError):
                 os.ftruncate(position.descriptor, position.length)
+                # And with it what was kept behind its end.
+                self._reserved_to = 0
                 return
         self._position = replace(position, length=length)
         try:
@@ -402,9 +418,24 @@ class AuditLog:
         Meant to be called once a second. What it finds is in `trouble`.
         """
         self._place_trouble = self._misplaced()
+        self._reserve()
         if self.trouble or self._unrecorded or self._kept:
             with contextlib.suppress(UnavailableError):
                 self._recover()
+
+    def _reserve(self) -> None:
+        """Keep space on the disk for what comes next, where a part of what was kept is used."""
+        position = self._position
+        if not self._can_reserve or position.length + AUDIT_RESERVE_BYTES // 2 <= self._reserved_to:
+            return
+        try:
+            space.reserve(position.descriptor, position.length, AUDIT_RESERVE_BYTES)
+        except OSError as error:
+            self._can_reserve = error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
+            self.is_scarce = self._can_reserve
+        else:
+            self._reserved_to = position.length + AUDIT_RESERVE_BYTES
+            self.is_scarce = False
 
     def _misplaced(self) -> str:
         try:
@@ -436,7 +467,7 @@ class AuditLog:
         private, or `FileAccessError`. Whatever it raises, the log goes on in the old file.
         """
         try:
-            if _is_at(self.path, self._position.descriptor):
+            if is_at(self.path, self._position.descriptor):
                 self._misplaced_since = None
                 return False
             try:
@@ -475,6 +506,9 @@ class AuditLog:
                 self._position, self._needs_newline, self._write_trouble = old, newline, trouble
                 raise FileAccessError(f"cannot begin {self.path}; {error}") from error
             self._settled()
+            self._reserved_to = 0
+            self._reserve()
+            _give_back(old)
             self._place_trouble, self._misplaced_since = "", None
             self._names_are_durable = False
             self._retired.append(old.descriptor)
@@ -518,8 +552,7 @@ class AuditLog:
 
     def _write_head(self, position: Position, keys: AuditKeys) -> None:
         chain = position.chain
-        head = Head(chain.seq, position.generation, to_text(chain.mac).decode())
-        durable.write_file(head_path(self.path), head.encode(keys))
+        self._head.write(Head(chain.seq, position.generation, to_text(chain.mac).decode()).encode(keys))
         self._head_seq = chain.seq
 
     def hand_over(self, successor: AuditKeys) -> None:
@@ -539,6 +572,7 @@ class AuditLog:
                 self.write([EventRecord(event="Stop")])
             with contextlib.suppress(UnavailableError):
                 self.sync(force=True)
+            _give_back(self._position)
         finally:
             self._let_go()
 
@@ -551,6 +585,7 @@ class AuditLog:
                 with contextlib.suppress(OSError):
                     os.close(descriptor)
             self._retired.clear()
+            self._head.close()
             self._lock = -1
 
     def __enter__(self) -> Self:
@@ -574,46 +609,21 @@ def handing_over(path: Path, keys: AuditKeys, successor: AuditKeys, *, generatio
         log._let_go()
 
 
-def head_path(path: Path) -> Path:
-    """Where the head of the log at `path` is."""
-    return path.with_name(f"{path.name}.head")
-
-
 def is_kept(path: Path) -> bool:
     """Whether a log was begun at `path`: it is there, or its head is."""
     return os.path.lexists(path) or os.path.lexists(head_path(path))
-
-
-def read_head(path: Path) -> bytes | None:
-    """The head file of the log at `path`, not verified; None when there is none. Raises what `open_private` raises."""
-    try:
-        descriptor = open_private(head_path(path))
-    except InputMissingError:
-        return None
-    try:
-        return _read(descriptor, MAX_AUDIT_HEAD_BYTES, 0)
-    finally:
-        os.close(descriptor)
 
 
 def _reason(error: OSError) -> str:
     return error.strerror or type(error).__name__
 
 
-def _read(descriptor: int, length: int, offset: int) -> bytes:
-    pieces = []
-    while length and (piece := os.pread(descriptor, length, offset)):
-        pieces.append(piece)
-        length -= len(piece)
-        offset += len(piece)
-    return b"".join(pieces)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.lstat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+def _give_back(position: Position) -> None:
+    """Let go of the space that was kept behind the end of a file which is not written any more."""
+    with contextlib.suppress(OSError):
+        # What others have put there is not ours to take away.
+        if os.fstat(position.descriptor).st_size == position.length:
+            os.ftruncate(position.descriptor, position.length)
 
 
 def _hold(path: Path) -> int:

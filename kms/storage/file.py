@@ -31,7 +31,8 @@ from kms.host.entropy import random_key
 from kms.host.private import make_private_directory, open_private
 from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEPT_KEYSTORES, MAX_KEYSTORE_BYTES
 from kms.storage import document, legacy, usage_file
-from kms.storage.audit_log import handing_over, head_path
+from kms.storage.audit_head import head_path
+from kms.storage.audit_log import handing_over
 from kms.storage.document import KdfHeader, RootKeys
 
 KeyFactory = Callable[[], Secret]
