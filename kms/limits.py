@@ -59,6 +59,8 @@ MAX_SCRAPE_REQUEST_BYTES: Final = 1 << 13
 """A request line and its headers, of which Prometheus sends a few hundred bytes."""
 SCRAPE_REQUEST_TIMEOUT: Final = 5.0
 SCRAPE_ANSWER_TIMEOUT: Final = 5.0
+METRICS_RETRY_SECONDS: Final = 10.0
+"""Until it is tried again to have the port of the metrics, which another program has."""
 EXPOSITION_LIFETIME: Final = 1.0
 """One text of the metrics serves all who ask within this time. To make it takes milliseconds of the interpreter's lock,
 which whoever asked without end would take from the data plane."""

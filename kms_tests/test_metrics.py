@@ -68,6 +68,7 @@ class Connections:
         self.open = Counter(unix=2)
         self.accepted = Counter(unix=9, tcp=1)
         self.refused = Counter(tcp=4)
+        self.evicted = Counter(tcp=7)
 
 
 class World:
@@ -306,6 +307,7 @@ def test_connections_are_shown_by_transport() -> None:
     assert world.value("minikms_connections_open", transport="tcp") == 0
     assert world.value("minikms_connections_accepted_total", transport="unix") == 9
     assert world.value("minikms_connections_refused_total", transport="tcp") == 4
+    assert world.value("minikms_connections_evicted_total", transport="tcp") == 7
 
 
 def test_the_audit_log_is_shown_when_there_is_one() -> None:

@@ -14,8 +14,7 @@ from prometheus_client import Metric
 from prometheus_client.core import GaugeMetricFamily
 from trio.testing import MockClock, memory_stream_pair, wait_all_tasks_blocked
 
-from kms.errors import ConfigError
-from kms.limits import MAX_SCRAPE_REQUEST_BYTES, MAX_SCRAPES
+from kms.limits import MAX_SCRAPE_REQUEST_BYTES, MAX_SCRAPES, METRICS_RETRY_SECONDS
 from kms.server.metrics_listener import Exposition, MetricsListener, Page, Scrapes
 
 GET = b"GET /metrics HTTP/1.1\r\nHost: localhost:9124\r\n\r\n"
@@ -221,17 +220,34 @@ async def test_one_connection_too_many_is_closed_as_it_comes_and_a_free_place_is
             await client.send_all(GET)
             clients.append(client)
         await wait_all_tasks_blocked()
-        start = trio.current_time()
-        async with connected(scrapes) as one_too_many:
-            assert await read_to_end(one_too_many) == b""
-        assert trio.current_time() == start
-        pages.gate.set()
-        for client in clients:
-            assert b"the page" in await read_to_end(client)
-            await client.aclose()
+        async with connected(scrapes) as one_more:
+            await one_more.send_all(GET)
+            await wait_all_tasks_blocked()
+            assert await read_to_end(clients[0]) == b"", "the first of them made room"
+            pages.gate.set()
+            for client in (one_more, *clients[1:]):
+                assert b"the page" in await read_to_end(client)
+                await client.aclose()
     async with connected(scrapes) as client:
         await client.send_all(GET)
         assert b"the page" in await read_to_end(client)
+
+
+async def test_an_honest_scrape_gets_through_beside_any_number_that_send_byte_by_byte(autojump_clock: MockClock) -> None:
+    scrapes = Scrapes(Pages().page)
+    async with trio.open_nursery() as nursery:
+        for _ in range(20):
+            for _ in range(2 * MAX_SCRAPES):
+                client, server = memory_stream_pair()
+                nursery.start_soon(scrapes.serve, server)
+                await client.send_all(GET[:1])
+            await wait_all_tasks_blocked()
+            start = trio.current_time()
+            async with connected(scrapes) as honest:
+                await honest.send_all(GET)
+                assert b"the page" in await read_to_end(honest)
+            assert trio.current_time() - start < 1
+        nursery.cancel_scope.cancel()
 
 
 @pytest.mark.parametrize("sent", [b"", GET[:20], GET])
@@ -327,7 +343,7 @@ async def test_all_others_get_the_text_that_every_Prometheus_reads(accept: str) 
 
 async def test_a_real_connection_is_answered() -> None:
     listener = MetricsListener(0, Counting())
-    port = int(listener.url.removeprefix("http://127.0.0.1:").removesuffix("/metrics"))
+    port = int(listener.state.removeprefix("metrics on http://127.0.0.1:").removesuffix("/metrics"))
     async with trio.open_nursery() as nursery:
         nursery.start_soon(listener.run)
         async with await trio.open_tcp_stream("127.0.0.1", port) as client:
@@ -341,9 +357,21 @@ async def test_a_real_connection_is_answered() -> None:
         assert late.connect_ex(("127.0.0.1", port)) == errno.ECONNREFUSED
 
 
-async def test_a_port_that_is_taken_is_an_error_of_the_configuration() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(ConfigError, match="choose another --metrics-port"):
-        MetricsListener(taken.getsockname()[1], Counting())
+async def test_a_port_that_is_taken_is_tried_again_until_it_is_free(
+    autojump_clock: MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        listener = MetricsListener(port, Counting())
+        assert listener.state.startswith("no metrics: cannot listen on")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(listener.run)
+        await trio.sleep(METRICS_RETRY_SECONDS + 1)
+        assert listener.state == f"metrics on http://127.0.0.1:{port}/metrics"
+        assert listener.state in caplog.text
+        nursery.cancel_scope.cancel()
+    listener.close()
 
 
 async def test_a_listener_that_fails_ends_alone(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:

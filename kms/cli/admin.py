@@ -502,7 +502,7 @@ def _show_report(report: Verifier) -> None:
         else:
             render.text(f"{span.file}: no authentic record")
     if report.principals:
-        render.text(f"principals: put in force {report.reloads} times, last by {report.principals}")
+        render.text(f"principals: put in force {_times(report.reloads)}, last by {report.principals}")
     if report.counted:
         render.text(f"refusals: {report.counted} more than have a record of their own")
     for word, found in (("note", report.notes), ("FOUND", report.findings)):
@@ -514,6 +514,10 @@ def _show_report(report: Verifier) -> None:
     render.text(
         f"NOT AUTHENTIC: {report.count} found; {total} records are" if report.count else f"authentic: {total} records"
     )
+
+
+def _times(number: int) -> str:
+    return "once" if number == 1 else f"{number} times"
 
 
 def _passphrase(config: ServerConfig, *, new: bool) -> Secret:

@@ -207,7 +207,7 @@ class Daemon:
         if service.keeper.log is not None:
             say(f"audit log {service.keeper.log.path}, of the data plane: {self._config.audit.data}")
         if metrics is not None:
-            say(f"metrics on {metrics.url}")
+            say(metrics.state)
         say(f"ready on {' and '.join(endpoint.address for endpoint in endpoints)} (pid {os.getpid()})")
 
     @contextlib.contextmanager

@@ -3,7 +3,7 @@
 Rules:
 
 - GET and HEAD of /metrics are answered, all else is refused; one request a connection;
-- MAX_SCRAPES connections at once, one more is closed as it comes;
+- MAX_SCRAPES connections at once; for one more, the one that came first makes room;
 - the head of a request has at most MAX_SCRAPE_REQUEST_BYTES and has to be whole within SCRAPE_REQUEST_TIMEOUT, and the
   answer has to be taken within SCRAPE_ANSWER_TIMEOUT;
 - one text at a time is made, in a thread, and serves all who ask for EXPOSITION_LIFETIME: asking often costs the event loop
@@ -18,9 +18,10 @@ bound on how many or on how long each may take.
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 import h11
@@ -28,17 +29,21 @@ import trio
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
+from kms.errors import ConfigError
 from kms.limits import (
     DEFAULT_TCP_HOST,
     EXPOSITION_LIFETIME,
     MAX_SCRAPE_REQUEST_BYTES,
     MAX_SCRAPES,
+    METRICS_RETRY_SECONDS,
     READ_BYTES,
     SCRAPE_ANSWER_TIMEOUT,
     SCRAPE_REQUEST_TIMEOUT,
 )
 from kms.server.listeners import open_tcp
 from kms.service.bugs import log_bug
+
+log: Final = logging.getLogger(__name__)
 
 PATH: Final = b"/metrics"
 _OPENMETRICS: Final = "application/openmetrics-text"
@@ -92,22 +97,27 @@ class Scrapes:
 
     page: Callable[[str], Awaitable[Page]]
     """From an Accept header; see `Exposition.page`."""
-    _open: int = 0
+    _open: dict[trio.CancelScope, None] = field(default_factory=dict)
+    """The one that connected first in front."""
 
     async def serve(self, stream: trio.abc.HalfCloseableStream) -> None:
         """Answer one request and close `stream`. A failure ends here."""
         async with stream:
-            if self._open >= MAX_SCRAPES:
-                return
-            self._open += 1
-            try:
-                await self._converse(stream)
-            except (trio.BrokenResourceError, trio.TooSlowError):
-                pass
-            except Exception as error:
-                log_bug("a request for metrics failed", error)
-            finally:
-                self._open -= 1
+            if len(self._open) >= MAX_SCRAPES:
+                # Who sends byte by byte, or does not hang up, has had the time that Prometheus takes.
+                first = next(iter(self._open))
+                del self._open[first]
+                first.cancel()
+            with trio.CancelScope() as scope:
+                self._open[scope] = None
+                try:
+                    await self._converse(stream)
+                except (trio.BrokenResourceError, trio.TooSlowError):
+                    pass
+                except Exception as error:
+                    log_bug("a request for metrics failed", error)
+                finally:
+                    self._open.pop(scope, None)
 
     async def _converse(self, stream: trio.abc.HalfCloseableStream) -> None:
         http = h11.Connection(h11.SERVER, max_incomplete_event_size=MAX_SCRAPE_REQUEST_BYTES)
@@ -175,21 +185,41 @@ async def _linger(stream: trio.abc.HalfCloseableStream) -> None:
 
 
 class MetricsListener:
-    """Listens on a loopback port from when it is made until it is closed."""
+    """Listens on a loopback port, as soon as it can have it.
+
+    A server without its metrics serves: whoever takes the port before it must not keep it from that.
+    """
 
     def __init__(self, port: int, collector: Collector) -> None:
-        """Port 0 is any free one. Raises `ConfigError`."""
-        self._listener, number = open_tcp(port, "--metrics-port")
+        """Port 0 is any free one."""
+        self._port = port
         self._scrapes = Scrapes(Exposition(collector).page)
-        self.url = f"http://{DEFAULT_TCP_HOST}:{number}{PATH.decode()}"
+        self._listener: trio.SocketListener | None = None
+        self.state = ""
+        """Where it listens, or why it does not yet; for people."""
+        self._try()
+
+    def _try(self) -> bool:
+        try:
+            self._listener, number = open_tcp(self._port, "--metrics-port")
+        except ConfigError as error:
+            self.state = f"no metrics: {error}"
+            return False
+        self.state = f"metrics on http://{DEFAULT_TCP_HOST}:{number}{PATH.decode()}"
+        return True
 
     async def run(self) -> None:
         """Answer whoever connects, until it is cancelled. Whatever else ends it, ends nothing but this."""
         try:
+            while self._listener is None:
+                await trio.sleep(METRICS_RETRY_SECONDS)
+                if self._try():
+                    log.info("%s", self.state)
             await trio.serve_listeners(self._scrapes.serve, [self._listener])
         except* Exception as errors:
             log_bug("metrics are no longer answered", errors)
 
     def close(self) -> None:
         """Give the port back."""
-        self._listener.socket.close()
+        if self._listener is not None:
+            self._listener.socket.close()

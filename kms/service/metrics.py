@@ -189,6 +189,9 @@ class Connections(Protocol):
     @property
     def refused(self) -> Mapping[str, int]: ...
 
+    @property
+    def evicted(self) -> Mapping[str, int]: ...
+
 
 class AuditLag(Protocol):
     """What is known of an audit log."""
@@ -290,11 +293,13 @@ class ServerCollector(Collector):
         now_open = GaugeMetricFamily("minikms_connections_open", "Connections that are served now.", labels=labels)
         accepted = CounterMetricFamily("minikms_connections_accepted", "Connections that were served.", labels=labels)
         refused = CounterMetricFamily("minikms_connections_refused", "Connections over the cap, closed.", labels=labels)
+        evicted = CounterMetricFamily("minikms_connections_evicted", "Strangers' that made room.", labels=labels)
         for transport in TRANSPORTS:
             now_open.add_metric((transport,), counts.open.get(transport, 0))
             accepted.add_metric((transport,), counts.accepted.get(transport, 0))
             refused.add_metric((transport,), counts.refused.get(transport, 0))
-        yield from (now_open, accepted, refused)
+            evicted.add_metric((transport,), counts.evicted.get(transport, 0))
+        yield from (now_open, accepted, refused, evicted)
 
     def _save_families(self) -> Iterator[Metric]:
         saves = CounterMetricFamily("minikms_saves", "Saves of the keystore.", labels=("outcome",))

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Self
+from typing import Final, NamedTuple, Self
 
 from kms.core.audit import AuditKeys
 from kms.core.derive import KdfParameters
@@ -81,6 +81,14 @@ class KeystoreLock:
         self.close()
 
 
+class _Content(NamedTuple):
+    """A keystore's file as it was read."""
+
+    raw: bytes
+    state: os.stat_result
+    """From before it was read: what is written to it meanwhile shows."""
+
+
 class _LastLook:
     """What was at a keystore's path when it was last read or written, to be looked at again before the next save.
 
@@ -88,12 +96,12 @@ class _LastLook:
     another keystore in the place of this one, has a second server's keys there, or a backup's: saved over, they are lost.
     """
 
-    def __init__(self, lock: KeystoreLock, content: bytes | None) -> None:
-        """`content` is what the file held when it was read; None where there has to be none."""
+    def __init__(self, lock: KeystoreLock, there: _Content | None) -> None:
+        """`there` is what was read; None where there has to be nothing."""
         self._lock = lock
-        self._digest = None if content is None else sha256(content).digest()
-        # Not looked at here: what was read may not be what is there by now, and a key derivation lies in between.
-        self._identity: tuple[int, ...] | None = None
+        self._digest = None if there is None else sha256(there.raw).digest()
+        # That of the file which was read: by now, behind a key derivation, there may be another.
+        self._identity = None if there is None else _identified(there.state)
 
     def was_saved(self, content: bytes | bytearray, written: os.stat_result | None) -> None:
         """From now on this is what has to be there. `written` is the state of the file before it had its name."""
@@ -154,7 +162,7 @@ class Keystore:
     def __init__(
         self,
         lock: KeystoreLock,
-        content: bytes | None,
+        there: _Content | None,
         header: KdfHeader,
         keys: RootKeys,
         *,
@@ -162,12 +170,12 @@ class Keystore:
         replaces: bytes | None = None,
         new_key: KeyFactory = random_key,
     ) -> None:
-        """`content` is what the file holds, None where there is none yet.
+        """`there` is what the file holds, None where there is none yet.
 
         `replaces` is a format 2 file that is kept, whole, before the first save puts another in its place.
         """
         self.path = lock.keystore
-        self._last_look = _LastLook(lock, content)
+        self._last_look = _LastLook(lock, there)
         self._header = header
         self._keys = keys
         self._root_check = keys.seal_check() if root_check is None else root_check
@@ -303,7 +311,8 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
         durable.sync_names(lock.keystore.parent)
     except OSError as error:
         raise FileAccessError(f"cannot make {lock.keystore} durable: {error.strerror}; check the disk") from error
-    raw = read(lock.keystore)
+    there = _read(lock.keystore)
+    raw = there.raw
     with contextlib.ExitStack() as unless_opened:
         if document.format_version(raw) == legacy.FORMAT:
             old = legacy.Sealed(raw)
@@ -311,14 +320,14 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
                 keys = RootKeys(root)
                 unless_opened.callback(keys.wipe)
                 keyring = old.open(root, keys.wrap_kek)
-            keystore = Keystore(lock, raw, old.header, keys, replaces=raw, new_key=new_key)
+            keystore = Keystore(lock, there, old.header, keys, replaces=raw, new_key=new_key)
         else:
             sealed = document.Sealed(raw)
             with sealed.header.derive(passphrase) as root:
                 keys = RootKeys(root)
             unless_opened.callback(keys.wipe)
             keyring = sealed.open(keys)
-            keystore = Keystore(lock, raw, sealed.header, keys, root_check=sealed.root_check, new_key=new_key)
+            keystore = Keystore(lock, there, sealed.header, keys, root_check=sealed.root_check, new_key=new_key)
         unless_opened.pop_all()
     return keystore, keyring
 
@@ -333,7 +342,8 @@ def change_passphrase(
     Raises what `load`, `Keystore.save` and opening an `AuditLog` raise. The KDF's costs become `parameters`.
     """
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
-    raw = read(lock.keystore)
+    there = _read(lock.keystore)
+    raw = there.raw
     with contextlib.ExitStack() as wipes:
         with header.derive(new) as new_root:
             new_keys = RootKeys(new_root)
@@ -356,7 +366,7 @@ def change_passphrase(
             wipes.callback(key.wipe)
         if audit_log is not None:
             wipes.enter_context(handing_over(audit_log, old_keys.audit, new_keys.audit, generation=keyring.generation))
-        Keystore(lock, raw, header, new_keys, replaces=replaces).save(keyring.next_generation())
+        Keystore(lock, there, header, new_keys, replaces=replaces).save(keyring.next_generation())
 
 
 class AuditReader:
@@ -398,14 +408,19 @@ class AuditReader:
 
 def read(path: Path) -> bytes:
     """The raw file, if it is private and of a size a keystore may have."""
+    return _read(path).raw
+
+
+def _read(path: Path) -> _Content:
     try:
         descriptor = open_private(path)
     except InputMissingError:
         raise InputMissingError(f"there is no keystore at {path}; make one with: kms-admin init") from None
     with os.fdopen(descriptor, "rb") as file:
-        if os.fstat(file.fileno()).st_size > MAX_KEYSTORE_BYTES:
+        state = os.fstat(file.fileno())
+        if state.st_size > MAX_KEYSTORE_BYTES:
             raise KeystoreError(f"{path} is larger than any keystore; name the right file")
         try:
-            return file.read()
+            return _Content(file.read(), state)
         except OSError as error:
             raise FileAccessError(f"cannot read {path}: {error.strerror}") from error
