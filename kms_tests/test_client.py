@@ -296,9 +296,13 @@ def test_encrypt_writes_raw_bytes_into_a_private_file_that_decrypt_accepts(
     assert json.loads(capsys.readouterr().out) == {"out": str(data / "back")}
 
 
-def test_an_output_is_never_put_in_the_place_of_a_pipe(data: Path) -> None:
+def test_an_output_goes_into_a_pipe_and_never_in_its_place(data: Path) -> None:
     os.mkfifo(data / "pipe")
-    assert main(["encrypt", "--text", "x", "--out", str(data / "pipe")]) == 65
+    # Open for reading, too: there is a reader then, and nobody waits for one.
+    reader = os.open(data / "pipe", os.O_RDWR | os.O_NONBLOCK)
+    assert main(["encrypt", "--text", "x", "--out", str(data / "pipe")]) == 0
+    assert os.read(reader, 100) == SEALED + b"x"
+    os.close(reader)
     assert (data / "pipe").is_fifo()
 
 

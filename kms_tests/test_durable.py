@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from kms.errors import InputError
 from kms.host import durable
 from kms.host.durable import DurableFile, RenameError, write_file
 
@@ -217,30 +216,6 @@ def test_without_a_free_descriptor_nothing_has_happened(data: Path, monkeypatch:
     assert not isinstance(failure.value, RenameError), "its outcome is known"
     assert [entry.name for entry in data.iterdir()] == ["keystore.json"]
     assert path.read_bytes() == b"old"
-
-
-def test_an_output_may_be_a_regular_file_or_absent(path: Path, data: Path) -> None:
-    assert durable.replaceable(path) == path
-    assert durable.replaceable(data / "absent") == data / "absent"
-
-
-def test_an_output_behind_a_link_is_the_file_it_leads_to(path: Path, data: Path) -> None:
-    for name, target in (("link", path), ("dangling", data / "absent")):
-        (data / name).symlink_to(target.name)
-        assert durable.replaceable(data / name) == target
-
-
-def test_an_output_that_is_not_a_regular_file_is_refused(data: Path) -> None:
-    os.mkfifo(data / "fifo")
-    for place in (data, data / "fifo", Path("/dev/null")):
-        with pytest.raises(InputError, match=f"{place} is not a regular file; name another, or use - for standard output"):
-            durable.replaceable(place)
-
-
-def test_an_output_that_cannot_be_looked_at_is_a_system_error(data: Path) -> None:
-    (data / "loop").symlink_to("loop")
-    with pytest.raises(OSError, match="symbolic links"):
-        durable.replaceable(data / "loop")
 
 
 def test_a_directory_that_cannot_be_synced_is_no_failure_but_a_disk_that_fails_is(

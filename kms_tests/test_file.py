@@ -331,14 +331,14 @@ def test_a_keystore_of_a_format_to_come_is_refused(made: Path) -> None:
 
 def test_what_is_loaded_was_made_durable_before_it_was_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    real_read = file.read
+    real_read = file._read
 
-    def read(path: Path) -> bytes:
+    def read(path: Path) -> Any:
         steps.append("read")
         return real_read(path)
 
     monkeypatch.setattr(durable, "sync_names", lambda path: steps.append(f"sync {path.name}"))
-    monkeypatch.setattr(file, "read", read)
+    monkeypatch.setattr(file, "_read", read)
     _load(made)
     assert steps == [f"sync {made.parent.name}", "read"]
 

@@ -251,10 +251,7 @@ def read_bounded(path: Path | None, limit: int, remedy: str) -> bytes:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """`data` durably at `path`, mode 0600; through a symbolic link, but never over a device or a pipe."""
-    from kms.host.durable import replaceable, write_file
+    """`data` durably at `path`, through symbolic links; or, where it names what is open, a pipe or a device, into that."""
+    from kms.client.files import write_output
 
-    try:
-        write_file(replaceable(path), data)
-    except OSError as error:
-        raise FileAccessError(f"cannot write {path}: {error.strerror}") from error
+    write_output(path, data)

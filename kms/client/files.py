@@ -13,6 +13,7 @@ import base64
 import binascii
 import contextlib
 import errno
+import os
 import stat
 import sys
 import tempfile
@@ -26,7 +27,8 @@ from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
 from kms.host import streams
-from kms.host.durable import DurableFile, RenameError, replaceable
+from kms.host.durable import RenameError
+from kms.host.output import OutputFile, open_stream
 from kms.limits import FILE_CHUNK_BYTES, GCM_TAG_BYTES, KEY_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
 
 Source = Path | BinaryIO | None
@@ -65,7 +67,7 @@ def encrypt_file(
     64 GiB - 32 bytes; `FileAccessError` when reading or writing fails; and what `KmsClient.generate_data_key` raises.
     On any of them an existing target is as it was.
     """
-    with _opened_source(source, progress) as reader:
+    with _resolved(target) as target, _opened_source(source, progress) as reader:
         size = source_size(source)
         if size is not None and size > MAX_GCM_PLAINTEXT_BYTES:
             raise InputError(f"{reader.name} is larger than 64 GiB - 32 bytes, the most one envelope holds; split it")
@@ -99,7 +101,7 @@ def decrypt_file(
     anything was altered or cut off, or `aad` is another; else as `encrypt_file`. Not one byte of plaintext is at
     `target` then.
     """
-    with _opened_source(source, progress) as reader:
+    with _resolved(target) as target, _opened_source(source, progress) as reader:
         wrapped_key = _read_wrapped_key(reader)
         with _opened_target(target) as writer, _data_key(client, wrapped_key, aad, source_key_id) as key:
             if isinstance(target, Path):
@@ -137,7 +139,7 @@ def reencrypt_file(
 
     Raises `InputError` when the source is neither, or too large for one request; else as `decrypt_file`.
     """
-    with _opened_source(source, progress) as reader:
+    with _resolved(target) as target, _opened_source(source, progress) as reader:
         start = reader.take(container.FIXED_BYTES)
         if start.startswith(container.MAGIC):
             wrapped_key = _read_wrapped_key(reader, start)
@@ -150,6 +152,13 @@ def reencrypt_file(
             with _opened_target(target) as writer:
                 writer.write(encode(client.reencrypt(blob, key_id, aad, source_key_id=source_key_id)))
                 writer.commit()
+
+
+def write_output(target: Target, data: bytes) -> None:
+    """Put `data` at `target`, whole or not at all where that is a file; raises `FileAccessError` or `InputError`."""
+    with _resolved(target) as target, _opened_target(target) as writer:
+        writer.write(data)
+        writer.commit()
 
 
 def source_size(source: Source) -> int | None:
@@ -214,7 +223,7 @@ class _StreamWriter:
 class _FileWriter:
     """Writes a file that appears under its name at `commit`."""
 
-    def __init__(self, file: DurableFile, path: Path) -> None:
+    def __init__(self, file: OutputFile, path: Path) -> None:
         self._file = file
         self._action = f"cannot write {path}"
 
@@ -247,12 +256,26 @@ def _opened_source(source: Source, progress: Progress | None) -> Iterator[_Reade
 
 
 @contextlib.contextmanager
+def _resolved(target: Target) -> Iterator[Target]:
+    """`target`, or the stream that its path names."""
+    stream = None
+    if isinstance(target, Path):
+        with _translated(f"cannot write {target}"):
+            stream = open_stream(target)
+    if stream is None:
+        yield target
+    else:
+        with stream:
+            yield stream
+
+
+@contextlib.contextmanager
 def _opened_target(target: Target) -> Iterator[_Writer]:
     if target is None:
         yield _StreamWriter(sys.stdout.buffer, "standard output")
     elif isinstance(target, Path):
         with _translated(f"cannot write {target}"):
-            file = DurableFile(replaceable(target))
+            file = OutputFile(Path(os.path.realpath(target)))
         with file:
             yield _FileWriter(file, target)
     else:
@@ -352,6 +375,8 @@ _REMEDIES: Final = {
     errno.ENOENT: "make its directory first",
     errno.EACCES: "check the permissions of the file and its directory",
     errno.EROFS: "name a place that can be written",
+    errno.EBUSY: "it is a mount point of its own, which nothing can replace: write with --out - > FILE",
+    errno.EXDEV: "it is a mount point of its own, which nothing can replace: write with --out - > FILE",
     errno.EIO: "check the disk",
     errno.EPIPE: "the reader of the pipe has ended",
 }

@@ -14,13 +14,10 @@ import contextlib
 import errno
 import os
 import secrets
-import stat
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
-
-from kms.errors import InputError
 
 TEMP_MARK: Final = ".tmp-"
 
@@ -29,7 +26,7 @@ class RenameError(OSError):
     """The rename, or the fsync of the directory after it, failed: either file may be the one that stays."""
 
 
-_REFUSED_AT_ONCE: Final = {errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EXDEV, errno.EISDIR, errno.ENOTDIR}
+REFUSED_AT_ONCE: Final = {errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EXDEV, errno.EISDIR, errno.ENOTDIR}
 """What rename(2) says before it has done anything: a file that may not be changed, a mount point, another file system."""
 
 
@@ -80,7 +77,7 @@ class DurableFile:
         try:
             self._temp.rename(self._path)
         except OSError as error:
-            if error.errno in _REFUSED_AT_ONCE:
+            if error.errno in REFUSED_AT_ONCE:
                 raise
             raise RenameError(error.errno, error.strerror, str(self._path)) from error
         self._committed = True
@@ -96,23 +93,6 @@ class DurableFile:
         if not self._committed:
             with contextlib.suppress(OSError):
                 self._temp.unlink()
-
-
-def replaceable(path: Path) -> Path:
-    """The file to write when `path` is named as an output: behind any symbolic links, so that they stay.
-
-    A rename would put a regular file in the place of a device or a pipe, hence `InputError` for what is neither a
-    regular file nor absent; `OSError` when it cannot be looked at.
-    """
-    try:
-        # The path as given: behind /dev/stdout is a pipe that has no other name.
-        state = path.stat()
-    except FileNotFoundError:
-        pass
-    else:
-        if not stat.S_ISREG(state.st_mode):
-            raise InputError(f"{path} is not a regular file; name another, or use - for standard output")
-    return Path(os.path.realpath(path))
 
 
 def write_file(

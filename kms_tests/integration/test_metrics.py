@@ -210,13 +210,12 @@ def test_who_sends_slowly_or_takes_all_places_hurts_nobody_who_uses_keys(machine
     server = machine.start("--metrics-port", "0", change=hurry)
     with ExitStack() as held, server.unix() as wire:
         start = time.monotonic()
-        slow = [held.enter_context(socket.create_connection(address_of(server), DEADLINE)) for _ in range(8)]
+        slow = [held.enter_context(socket.create_connection(address_of(server), DEADLINE)) for _ in range(16)]
         for sock in slow:
             sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n")
-        with socket.create_connection(address_of(server), DEADLINE) as ninth:
-            assert ninth.recv(1) == b""
-        assert time.monotonic() - start < 1.5, "the ninth was not closed at once"
+        assert "minikms_build_info" in scrape(server)
         assert wire.ask(type="Health", token=machine.api_token)["status"] == "ok"
+        assert slow[0].recv(1) == b""
         for sock in slow:
             assert sock.recv(1) == b""
         assert time.monotonic() - start >= 1.5
@@ -243,12 +242,12 @@ def test_a_scrape_that_goes_on_does_not_hold_up_the_end(machine: Machine) -> Non
         assert sock.recv(1) == b""
 
 
-def test_a_port_that_is_taken_stops_the_start_with_a_line_that_says_so(machine: Machine) -> None:
+def test_a_port_that_is_taken_does_not_keep_the_server_from_serving(machine: Machine) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        refused = machine.refused_start("--metrics-port", str(taken.getsockname()[1]))
-    assert refused.status == 64
-    assert "choose another --metrics-port" in refused.said_one_line("kms-server")
-    assert not machine.socket.exists()
+        server = machine.start("--metrics-port", str(taken.getsockname()[1]))
+        assert "no metrics: cannot listen on 127.0.0.1:" in server.stderr
+        assert server.client("health").stdout == b"ok\n"
+        assert server.stop() == 0
 
 
 @pytest.mark.parametrize("missing", ["prometheus_client", "h11"])
