@@ -17,6 +17,7 @@ EXIT_BAD_INPUT = 65
 EXIT_NO_INPUT = 66
 EXIT_UNREACHABLE = 69
 EXIT_INTERNAL = 70
+EXIT_SYSTEM = 71
 EXIT_IO = 74
 EXIT_LOCKED = 75
 EXIT_PERMISSION = 77
@@ -116,6 +117,12 @@ class KeystoreError(KmsError):
     """The keystore cannot be used as it is: altered, cut short, or of an unknown format. Nothing was changed."""
 
     exit_code = EXIT_BAD_INPUT
+
+
+class MemoryShortError(KmsError):
+    """The system has not the memory that this takes. Nothing is wrong with the keystore, and nothing was changed."""
+
+    exit_code = EXIT_SYSTEM
 
 
 class AuditLogError(KmsError):

@@ -10,9 +10,13 @@ from hypothesis import strategies as st
 from kms.core import derive
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
-from kms.errors import KeystoreError
+from kms.errors import KeystoreError, MemoryShortError
 
 GIB_IN_KIB = 1024 * 1024
+
+
+ARGON2_MEMORY_ALLOCATION_ERROR = -22
+"""Of argon2.h."""
 
 
 def _bytes(secret: Secret) -> bytes:
@@ -117,3 +121,10 @@ def test_each_use_has_a_sub_key_of_its_own_and_none_is_the_root_key() -> None:
     assert len(keys) == 3
     assert root not in keys
     assert {len(key) for key in keys} == {32}
+
+
+def test_memory_that_is_short_is_not_a_damaged_keystore(tiny: KdfParameters, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derive, "core", lambda *_: ARGON2_MEMORY_ALLOCATION_ERROR)
+    with Secret(bytearray(b"passphrase")) as passphrase, pytest.raises(MemoryShortError, match="not enough") as caught:
+        derive.root_key(passphrase, bytes(16), tiny)
+    assert caught.value.exit_code == 71

@@ -17,6 +17,7 @@ EXITS = [
     (66, ["InputMissingError"]),
     (69, ["ServerUnreachableError", "UnavailableError"]),
     (70, ["InternalError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
+    (71, ["MemoryShortError"]),
     (74, ["SaveFailedError", "FileAccessError"]),
     (75, ["KeystoreLockedError", "KeystoreReplacedError"]),
     (77, ["AuthFailedError", "UnauthorizedError", "SecretFileError", "UnknownServerError"]),

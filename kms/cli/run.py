@@ -21,6 +21,7 @@ from kms.errors import (
     EXIT_INTERNAL,
     EXIT_IO,
     EXIT_OK,
+    EXIT_SYSTEM,
     EXIT_USAGE,
     AuthFailedError,
     DecryptionFailedError,
@@ -103,6 +104,8 @@ def run(
     if os.environ.get(f"_{program}_COMPLETE".replace("-", "_").upper()):
         # A shell asks for completions: click answers and exits.
         command.main(prog_name=program)
+    # What is made here is for its owner alone, who can use it whatever the umask was: 0777 would take even that.
+    umask = os.umask(0o077)
     try:
         status = _invoke(command, program, sys.argv[1:] if arguments is None else list(arguments), obj)
     except KmsError as error:
@@ -120,6 +123,8 @@ def run(
     except BrokenPipeError:
         _abandon_stdout()
         return EXIT_BROKEN_PIPE
+    except MemoryError:
+        return fail("there is not enough memory; free some, or raise the limit (ulimit -v)", EXIT_SYSTEM)
     except OSError as error:
         _abandon_stdout()
         return fail(_system_complaint(error), EXIT_IO)
@@ -127,6 +132,8 @@ def run(
         # The text of an exception nobody foresaw may hold anything, so only its kind and place are told.
         where = _place(error.__traceback__)
         return fail(f"internal error ({type(error).__name__} at {where}); please report it", EXIT_INTERNAL)
+    finally:
+        os.umask(umask)
     return status
 
 

@@ -15,7 +15,7 @@ from cryptography.hazmat.primitives.hashes import SHA256
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from kms.core.secret import Secret
-from kms.errors import KeystoreError
+from kms.errors import KeystoreError, MemoryShortError
 from kms.limits import (
     KDF_ITERATIONS,
     KDF_ITERATIONS_RANGE,
@@ -112,6 +112,11 @@ def argon2id(
         status = core(context, Type.ID.value)
         for pointer in (password_pointer, salt_pointer, key_pointer, secret_pointer, data_pointer):
             ffi.release(pointer)
+    if status == lib.ARGON2_MEMORY_ALLOCATION_ERROR:
+        raise MemoryShortError(
+            f"there is not enough memory: to open this keystore takes {parameters.memory_kib // 1024} MiB, and nothing was "
+            "changed. Free some, or raise the limit (ulimit -v)"
+        )
     if status != lib.ARGON2_OK:
         raise KeystoreError(f"Argon2id failed: {error_to_str(status)}")
     return Secret(key)
