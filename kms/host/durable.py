@@ -44,12 +44,7 @@ class DurableFile:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data`."""
-        with memoryview(data) as rest:
-            written = 0
-            while written < len(rest):
-                # Let go even when it fails: what still refers to a buffer keeps it from being filled anew.
-                with rest[written:] as unwritten:
-                    written += os.write(self._descriptor, unwritten)
+        write_all(self._descriptor, data)
 
     def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
         """Make it durable under its name. `OSError` when it failed before the rename, `RenameError` at or after it.
@@ -93,6 +88,16 @@ class DurableFile:
         if not self._committed:
             with contextlib.suppress(OSError):
                 self._temp.unlink()
+
+
+def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
+    """Write all of `data` to `descriptor`, however little it takes at a time."""
+    with memoryview(data) as rest:
+        written = 0
+        while written < len(rest):
+            # Let go even when it fails: what still refers to a buffer keeps it from being filled anew.
+            with rest[written:] as unwritten:
+                written += os.write(descriptor, unwritten)
 
 
 def write_file(

@@ -100,12 +100,7 @@ class OutputFile:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data`."""
-        with memoryview(data) as rest:
-            written = 0
-            while written < len(rest):
-                # Let go even when it fails: what still refers to a buffer keeps it from being filled anew.
-                with rest[written:] as unwritten:
-                    written += os.write(self._descriptor, unwritten)
+        durable.write_all(self._descriptor, data)
 
     def commit(self) -> None:
         """Make it durable under its name. `OSError` when it failed before the rename, `durable.RenameError` after it."""
