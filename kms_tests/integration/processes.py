@@ -328,7 +328,7 @@ class Machine:
         return Outcome(status, b"", server.stderr)
 
     def temp_files(self) -> list[Path]:
-        return [path for path in self.root.rglob(".*") if ".tmp-" in path.name]
+        return [path for path in self.root.rglob(".*") if ".tmp-" in path.name or path.name.startswith(".kms-")]
 
     def dispose(self) -> None:
         """Stop what still runs, each as a service manager would, and remove everything."""

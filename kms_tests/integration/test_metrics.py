@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import chain
 from pathlib import Path
 
@@ -215,9 +215,10 @@ def test_who_sends_slowly_or_takes_all_places_hurts_nobody_who_uses_keys(machine
             sock.sendall(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n")
         assert "minikms_build_info" in scrape(server)
         assert wire.ask(type="Health", token=machine.api_token)["status"] == "ok"
-        assert slow[0].recv(1) == b""
         for sock in slow:
-            assert sock.recv(1) == b""
+            # Reset, where what it sent was not read any more.
+            with suppress(ConnectionResetError):
+                assert sock.recv(1) == b""
         assert time.monotonic() - start >= 1.5
         assert values(scrape(server), "minikms_requests_total") == {("Health", "ok", "data"): 1}
 
