@@ -172,7 +172,8 @@ def test_what_a_client_writes_is_private_from_the_start(recorder: Recorder, serv
     key = ["--key", "default"] if command == "reencrypt" else []
     place = ["--unix", str(server.socket)]
     recorder.run([*program("client"), *place, command, "--in", str(taken), "--out", str(output), *key])
-    assert any(name.startswith(".output.tmp-") for name in recorder.born)
+    trace = recorder.trace.read_text(encoding="utf-8")
+    assert re.search(r"O_TMPFILE[^)]*, 0600\)", trace) or any(name.startswith(".kms-") for name in recorder.born)
     assert recorder.too_open == []
     assert output.stat().st_mode & OTHERS == 0
 

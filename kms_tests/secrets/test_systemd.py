@@ -31,7 +31,13 @@ DROP_IN: Final = ROOT / "scripts" / "systemd" / "tcp.conf"
 TEAM: Final = ROOT / "scripts" / "systemd" / "team.conf"
 SERVER: Final = "/opt/mini-kms/bin/kms-server"
 MOST_EXPOSED: Final = 2.0
-REMEDIABLE: Final = {errors.EXIT_OK, errors.EXIT_REFUSED, errors.EXIT_UNREACHABLE, errors.EXIT_IO}
+REMEDIABLE: Final = {
+    errors.EXIT_OK,
+    errors.EXIT_REFUSED,
+    errors.EXIT_UNREACHABLE,
+    errors.EXIT_SYSTEM,
+    errors.EXIT_IO,
+}
 """Exit statuses that a restart may mend, or that the server never ends with."""
 
 
