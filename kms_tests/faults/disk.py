@@ -34,7 +34,7 @@ _HARMLESS: Final = frozenset(
     getdents64 getcwd chdir mmap fcntl flock ioctl fadvise64 poll ppoll select pselect6 epoll_ctl epoll_wait epoll_pwait
     epoll_create1 dup dup2 dup3 pipe2 execve statfs fstatfs eventfd2 memfd_create signalfd4 getxattr lgetxattr fgetxattr
     socket socketpair connect bind listen accept4 getsockname getpeername setsockopt getsockopt sendto recvfrom recvmsg
-    shutdown inotify_init1 exit
+    shutdown inotify_init1 exit fchmod fchown setxattr listxattr flistxattr
     """.split()  # noqa: SIM905 (a list of strings would be three times as long)
 )
 """Calls that leave what is on the disk as it is."""
@@ -154,6 +154,8 @@ class Disk:
             content = state[path]
             parent.names[name] = _Directory() if content is None else _File(content)
         self._positions: dict[int, int] = {}
+        self._unnamed: dict[int, _File] = {}
+        """By the descriptor: made with O_TMPFILE, and on no disk until they have a name."""
 
     def states(self, how: Thorough) -> Iterator[State]:
         """Every state that a power cut may leave now, each once."""
@@ -186,6 +188,12 @@ class Disk:
 
     def _openat(self, call: Call) -> bool:
         path, flags = call.path(1), call.arguments[2].split("|")
+        if "O_TMPFILE" in flags:
+            assert call.result is not None
+            if path == self._root or self._holds(path):
+                self._unnamed[call.result] = _File()
+                self._positions[call.result] = 0
+            return False
         if not self._holds(path) or "O_DIRECTORY" in flags:
             return False
         assert call.result is not None
@@ -205,9 +213,13 @@ class Disk:
 
     def _write(self, call: Call) -> bool:
         number, path = call.descriptor()
+        assert call.result is not None
+        if number in self._unnamed:
+            file = self._unnamed[number]
+            file.change(file.content + call.text(1)[: call.result])
+            return False
         if not self._holds(path):
             return False
-        assert call.result is not None
         at = self._positions[number]
         self._positions[number] = at + call.result
         return self._write_at(path, at, call.text(1)[: call.result])
@@ -230,7 +242,11 @@ class Disk:
         return self._holds(path)
 
     def _fsync(self, call: Call) -> bool:
-        path = call.descriptor()[1]
+        number, path = call.descriptor()
+        if number in self._unnamed:
+            file = self._unnamed[number]
+            file.history = [file.content]
+            return False
         if not self._holds(path) and path != self._root:
             return False
         node = self._node(path)
@@ -242,8 +258,24 @@ class Disk:
 
     _fdatasync = _fsync
 
+    def _linkat(self, call: Call) -> bool:
+        """Of a file without a name, by way of /proc; what is at work here makes no other links."""
+        source, target = call.path(1), call.path(3)
+        if not self._holds(target):
+            return False
+        parent, name = self._find(target)
+        parent.set(name, self._unnamed.pop(int(source.name)))
+        return True
+
+    def _renameat(self, call: Call) -> bool:
+        return self._renamed(call, call.path(1), call.path(3))
+
+    _renameat2 = _renameat
+
     def _rename(self, call: Call) -> bool:
-        source, target = call.path(0), call.path(1)
+        return self._renamed(call, call.path(0), call.path(1))
+
+    def _renamed(self, call: Call, source: Path, target: Path) -> bool:
         if not self._holds(source):
             assert not self._holds(target), call
             return False
@@ -253,8 +285,13 @@ class Disk:
         old_parent.set(old, None)
         return True
 
+    def _unlinkat(self, call: Call) -> bool:
+        return self._removed(call.path(1))
+
     def _unlink(self, call: Call) -> bool:
-        path = call.path(0)
+        return self._removed(call.path(0))
+
+    def _removed(self, path: Path) -> bool:
         if self._holds(path):
             parent, name = self._find(path)
             parent.set(name, None)
