@@ -19,7 +19,7 @@ EXIT_UNREACHABLE = 69
 EXIT_INTERNAL = 70
 EXIT_SYSTEM = 71
 EXIT_IO = 74
-EXIT_LOCKED = 75
+EXIT_TEMPFAIL = 75
 EXIT_PERMISSION = 77
 
 
@@ -89,6 +89,23 @@ class UnavailableError(WireError):
     exit_code = EXIT_UNREACHABLE
 
 
+class ThrottledError(WireError):
+    """More was asked for in a time than the caller may. Nothing was done; ask again after `retry_after` seconds."""
+
+    code = "Throttled"
+    exit_code = EXIT_TEMPFAIL
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class LimitExceededError(WireError):
+    """The caller has used up what it may have, which the message names. To ask again later does not help."""
+
+    code = "LimitExceeded"
+
+
 class ConfigError(KmsError):
     """A flag, an environment variable or a combination of them cannot be used."""
 
@@ -134,7 +151,7 @@ class AuditLogError(KmsError):
 class KeystoreLockedError(KmsError):
     """Another process holds the keystore, or the audit log."""
 
-    exit_code = EXIT_LOCKED
+    exit_code = EXIT_TEMPFAIL
 
 
 class SaveFailedError(KmsError):
@@ -152,7 +169,7 @@ class SaveOutcomeUnknownError(KmsError):
 class KeystoreReplacedError(KmsError):
     """The keystore on disk is not the one that was saved here last, or its lock is gone. It is not saved over."""
 
-    exit_code = EXIT_LOCKED
+    exit_code = EXIT_TEMPFAIL
 
 
 class SecretFileError(KmsError):
@@ -195,13 +212,20 @@ _BY_CODE: dict[str, type[WireError]] = {
         FrameTooLargeError,
         InternalError,
         UnavailableError,
+        ThrottledError,
+        LimitExceededError,
     )
 }
 
 
-def from_wire(code: str, message: str) -> KmsError:
-    """The typed error for an error reply; a `ProtocolError` for a code this client does not know."""
+def from_wire(code: str, message: str, retry_after: float | None = None) -> KmsError:
+    """The typed error for an error reply; a `ProtocolError` for a code this client does not know.
+
+    `retry_after` is after how many seconds to ask again, of a reply that says so.
+    """
     if code == DecryptionFailedError.code:
         return DecryptionFailedError()
+    if code == ThrottledError.code and retry_after is not None:
+        return ThrottledError(message, retry_after)
     error = _BY_CODE.get(code)
     return error(message) if error is not None else ProtocolError(f"unknown error code from the server: {code}")

@@ -111,6 +111,14 @@ MAX_RULES_PER_PRINCIPAL: Final = 64
 MAX_GLOBS_PER_RULE: Final = 64
 """Each is compared with a name that is asked for the first time."""
 MAX_AAD_PREFIX_BYTES: Final = 1024
+MAX_LIMIT: Final = 1_000_000
+"""What a limit of a principal may be at most: of requests a second, versions a day, and so on."""
+DEFAULT_LIMIT_GROUPS: Final = 1000
+"""Key groups that a principal who is no administrator makes: a hundredth of what a keystore holds."""
+DEFAULT_LIMIT_VERSIONS_PER_DAY: Final = 100
+"""New versions that one makes: a hundred days for all that a key group holds, in which somebody notices."""
+DEFAULT_LIMIT_TIMED_DISABLES: Final = 100
+"""Versions that one has disabled for a time at once: a tenth of all."""
 MAX_UNIX_ID: Final = (1 << 32) - 2
 """uid_t and gid_t have 32 bits, and -1 is nobody's."""
 NOBODY_ID: Final = 65534
@@ -176,5 +184,8 @@ CONNECT_TIMEOUT: Final = 5.0
 REPLY_TIMEOUT: Final = 60.0
 MAX_REPLY_BYTES: Final = 1 << 27
 """`ListKeyGroups` of a large keyring is the largest reply."""
+THROTTLE_PATIENCE: Final = 20.0
+"""For how long a client waits to send again what was throttled. Less than a server's idle time, after which it would close
+the connection."""
 PIPELINE_DEPTH: Final = 64
 """Requests a client keeps under way in `encrypt_many`; far below where either side's socket buffer fills."""

@@ -10,7 +10,7 @@ from kms import errors
 from kms.errors import KmsError, WireError, from_wire
 
 EXITS = [
-    (1, ["InvalidRequestError", "DecryptionFailedError", "FrameTooLargeError"]),
+    (1, ["InvalidRequestError", "LimitExceededError", "DecryptionFailedError", "FrameTooLargeError"]),
     (2, ["WrongPassphraseError"]),
     (64, ["ConfigError"]),
     (65, ["InputError", "KeystoreError", "AuditLogError"]),
@@ -19,7 +19,7 @@ EXITS = [
     (70, ["InternalError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
     (71, ["MemoryShortError"]),
     (74, ["SaveFailedError", "FileAccessError"]),
-    (75, ["KeystoreLockedError", "KeystoreReplacedError"]),
+    (75, ["ThrottledError", "KeystoreLockedError", "KeystoreReplacedError"]),
     (77, ["AuthFailedError", "UnauthorizedError", "SecretFileError", "UnknownServerError"]),
 ]
 CODES: dict[str, type[WireError]] = {
@@ -30,6 +30,8 @@ CODES: dict[str, type[WireError]] = {
     "FrameTooLarge": errors.FrameTooLargeError,
     "InternalError": errors.InternalError,
     "Unavailable": errors.UnavailableError,
+    "Throttled": errors.ThrottledError,
+    "LimitExceeded": errors.LimitExceededError,
 }
 ALL = [kind for _, kind in inspect.getmembers(errors, inspect.isclass) if issubclass(kind, KmsError)]
 

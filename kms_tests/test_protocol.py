@@ -19,6 +19,7 @@ from kms.errors import (
     FrameTooLargeError,
     InvalidRequestError,
     ProtocolError,
+    ThrottledError,
     UnauthorizedError,
 )
 from kms.wire.messages import decode_request
@@ -242,6 +243,82 @@ def test_frame_too_large_ends_the_exchange_but_not_before_an_earlier_refusal() -
     send_all(exchange)
     exchange.received(DENIED + b"\n" + too_large)
     with pytest.raises(UnauthorizedError):
+        exchange.results()
+
+
+def throttled(milliseconds: int | None) -> bytes:
+    after = "" if milliseconds is None else f',"retryAfterMs":{milliseconds}'
+    return f'{{"status":"error","errorCode":"Throttled","message":"too often"{after}}}\n'.encode()
+
+
+def test_what_is_throttled_is_sent_again_after_a_pause_and_its_result_keeps_its_place() -> None:
+    exchange = Exchange((REQUESTS.health() for _ in range(4)), depth=4, patience=10)
+    assert send_all(exchange).count(b"\n") == 4
+    exchange.received(detail("0") + b"\n" + throttled(250) + detail("2") + b"\n")
+    assert exchange.pause == 0, "another reply is on its way"
+    exchange.received(throttled(500))
+    assert exchange.pause == 0.5
+    assert not exchange.outgoing()
+    assert not exchange.is_done
+    exchange.resume()
+    assert exchange.pause == 0
+    lines = send_all(exchange)
+    assert lines.count(b"\n") == 2
+    exchange.received(detail("1") + b"\n" + detail("3") + b"\n")
+    assert not exchange.outgoing()
+    assert exchange.is_done
+    assert exchange.results() == ["0", "1", "2", "3"]
+
+
+def test_after_what_was_throttled_half_as_many_are_under_way() -> None:
+    exchange = Exchange((REQUESTS.health() for _ in range(100)), depth=8, patience=10)
+    for expected in (8, 4, 2, 1, 1):
+        assert send_all(exchange).count(b"\n") == expected
+        exchange.received(throttled(10) * expected)
+        exchange.resume()
+
+
+def test_who_waits_longer_than_its_patience_with_nothing_done_is_refused() -> None:
+    exchange = Exchange([REQUESTS.health()], patience=1)
+    for _ in range(2):
+        send_all(exchange)
+        exchange.received(throttled(500))
+        exchange.resume()
+    send_all(exchange)
+    exchange.received(throttled(1))
+    assert exchange.is_done
+    with pytest.raises(ThrottledError, match="too often") as refused:
+        exchange.results()
+    assert refused.value.retry_after == 0.001
+
+
+def test_each_success_makes_who_waits_patient_again() -> None:
+    exchange = Exchange((REQUESTS.health() for _ in range(5)), depth=1, patience=1)
+    for number in range(5):
+        send_all(exchange)
+        exchange.received(throttled(900))
+        exchange.resume()
+        send_all(exchange)
+        exchange.received(detail(str(number)) + b"\n")
+    assert exchange.results() == [str(number) for number in range(5)]
+
+
+def test_what_is_throttled_beside_a_refusal_is_not_sent_again() -> None:
+    for replies in (DENIED + b"\n" + throttled(1), throttled(1) + DENIED + b"\n"):
+        exchange = Exchange((REQUESTS.health() for _ in range(2)), patience=10)
+        send_all(exchange)
+        exchange.received(replies)
+        assert exchange.is_done
+        assert exchange.pause == 0
+        with pytest.raises(UnauthorizedError):
+            exchange.results()
+
+
+def test_without_patience_it_is_refused_at_once() -> None:
+    exchange = Exchange([REQUESTS.health()])
+    send_all(exchange)
+    exchange.received(throttled(None))
+    with pytest.raises(ThrottledError):
         exchange.results()
 
 

@@ -28,7 +28,9 @@ from kms.errors import (
     FrameTooLargeError,
     InternalError,
     KmsError,
+    LimitExceededError,
     ProtocolError,
+    ThrottledError,
     UnauthorizedError,
 )
 
@@ -39,6 +41,8 @@ EXIT_BROKEN_PIPE: Final = 128 + signal.SIGPIPE
 _REMEDIES: Final[dict[type[KmsError], str]] = {
     AuthFailedError: "check the token file, or the token in the environment",
     UnauthorizedError: "ask whoever runs the server for access",
+    ThrottledError: "try again later",
+    LimitExceededError: "ask whoever runs the server for a higher one",
     DecryptionFailedError: "check that --aad is what it was encrypted with, and that its key version is enabled",
     FrameTooLargeError: "use encrypt-file for data of this size",
     InternalError: "look into the server's log",

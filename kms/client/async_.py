@@ -16,7 +16,7 @@ from kms.client.known_server import KnownServer, has_not_spoken, loopback, pause
 from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, closed, refused, silent
 from kms.errors import ServerUnreachableError
-from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, REPLY_TIMEOUT
+from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, REPLY_TIMEOUT, THROTTLE_PATIENCE
 from kms.wire.messages import KeyGroupView
 
 
@@ -198,7 +198,7 @@ class AsyncKmsClient:
         async with self._lock:
             if self._link is None:
                 raise ServerUnreachableError(closed(self._address))
-            exchange = Exchange(calls)
+            exchange = Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
             try:
                 has_not_spoken(self._link, self._address)
                 await self._drive(self._link, exchange)
@@ -215,6 +215,12 @@ class AsyncKmsClient:
                 waits_to_send = advance(link, exchange, self._address)
                 if exchange.is_done:
                     return
+                if exchange.pause:
+                    await trio.sleep(exchange.pause)
+                    if self._link is None:
+                        raise trio.ClosedResourceError
+                    exchange.resume()
+                    continue
                 with trio.fail_after(self._timeout):
                     await _wait(link, to_send=waits_to_send)
         except trio.TooSlowError:

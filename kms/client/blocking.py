@@ -15,7 +15,7 @@ from kms.client.known_server import KnownServer, has_not_spoken, loopback, pause
 from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, closed, refused, silent
 from kms.errors import ServerUnreachableError
-from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, REPLY_TIMEOUT
+from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, REPLY_TIMEOUT, THROTTLE_PATIENCE
 from kms.wire.messages import KeyGroupView
 
 
@@ -24,7 +24,8 @@ class KmsClient:
 
     Every method raises the `WireError` the server answers with (`AuthFailedError`, `InvalidRequestError`, ...);
     `ServerUnreachableError` when the connection breaks or the server is silent for `timeout` seconds; `ProtocolError`
-    for a reply that is none. After the last two, and after `FrameTooLargeError`, the client is closed.
+    for a reply that is none. After the last two, and after `FrameTooLargeError`, the client is closed. A call that the
+    server throttles is sent again when it says; `ThrottledError` when that takes longer than 20 s, or `timeout`.
 
     Plaintexts, ciphertexts and `aad` are raw bytes. `aad` is authenticated, not stored: decryption needs the same.
     A `key_id` of None is the group `default`. `request_id`, 1 to 64 printable characters, is what all that the client asks
@@ -217,7 +218,7 @@ class KmsClient:
         try:
             if self._link is None:
                 raise ServerUnreachableError(closed(self._address))
-            exchange = Exchange(calls)
+            exchange = Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
             try:
                 has_not_spoken(self._link, self._address)
                 self._drive(self._link, exchange)
@@ -236,6 +237,10 @@ class KmsClient:
             waits_to_send = advance(link, exchange, self._address)
             if exchange.is_done:
                 return
+            if exchange.pause:
+                time.sleep(exchange.pause)
+                exchange.resume()
+                continue
             self._poll.modify(link, select.POLLIN | (select.POLLOUT if waits_to_send else 0))
             if not self._poll.poll(self._timeout * 1000):
                 raise ServerUnreachableError(silent(self._address, self._timeout))

@@ -6,6 +6,8 @@ so an `Exchange` holds the calls under way in a queue and gives each reply to th
 - No more than PIPELINE_DEPTH calls are under way, and no more than about one read's worth of lines is held to be sent.
 - A call that is refused stops new calls; the replies still outstanding are awaited, so that the connection stays
   usable, and then the first refusal is raised.
+- A call that is throttled was not done. It is sent again after the time that the server says, and half as many are under
+  way from then on; when waiting would take longer than `patience` with nothing done meanwhile, it is refused.
 - FrameTooLarge is the last thing a server says: the exchange ends there, and with it the connection.
 - A reply nobody asked for, too long, of the wrong form, or that names another request is a `ProtocolError`: nothing
   after it can be attributed.
@@ -30,6 +32,7 @@ from kms.errors import (
     InvalidRequestError,
     KmsError,
     ProtocolError,
+    ThrottledError,
     WireError,
     from_wire,
 )
@@ -174,25 +177,40 @@ class Exchange(Generic[T]):
     until `is_done`, and then takes `results`.
     """
 
-    def __init__(self, calls: Iterable[Call[T]], *, depth: int = PIPELINE_DEPTH) -> None:
-        self._calls = iter(calls)
+    def __init__(self, calls: Iterable[Call[T]], *, depth: int = PIPELINE_DEPTH, patience: float = 0.0) -> None:
+        """`patience` is for how many seconds of waiting, with nothing done, a throttled call is sent again."""
+        self._calls = enumerate(calls)
         self._depth = depth
-        self._under_way: deque[Call[T]] = deque()
+        self._under_way: deque[tuple[int, Call[T]]] = deque()
+        self._again: deque[tuple[int, Call[T]]] = deque()
         self._framer = Framer(MAX_REPLY_BYTES)
         self._unsent = memoryview(b"")
         self._has_more = True
-        self._results: list[T] = []
+        self._results: dict[int, T] = {}
         self._error: Exception | None = None
+        self._patience = patience
+        self._waited = 0.0
+        self._pause = 0.0
         self.is_over = False
         """The server ends the connection after this exchange."""
 
     @property
     def is_done(self) -> bool:
-        return self.is_over or not (self._has_more or self._unsent or self._under_way)
+        return self.is_over or not (self._has_more or self._again or self._unsent or self._under_way)
+
+    @property
+    def pause(self) -> float:
+        """For how many seconds to wait, and then call `resume`; 0 when there is nothing to wait for but the server."""
+        return 0.0 if self._under_way else self._pause
+
+    def resume(self) -> None:
+        """The pause is over."""
+        self._waited += self._pause
+        self._pause = 0.0
 
     def outgoing(self) -> memoryview:
         """What to send next; empty when there is nothing, or when replies must come first."""
-        if not self._unsent and self._has_more:
+        if not self._unsent and not self._pause and (self._has_more or self._again):
             self._unsent = memoryview(b"".join(self._next_lines()))
         return self._unsent
 
@@ -204,14 +222,19 @@ class Exchange(Generic[T]):
         """Nothing can be sent any more; replies may still be on their way."""
         self._unsent = memoryview(b"")
         self._has_more = False
+        self._again.clear()
 
     def received(self, data: bytes) -> None:
         """Take what was read; raises `ProtocolError`, after which the connection is of no use."""
         for line in self._framer.feed(data):
             if not self._under_way:
                 raise ProtocolError("the server sent a reply that nobody asked for")
+            number, call = self._under_way.popleft()
             try:
-                self._results.append(self._under_way.popleft().read(line))
+                self._results[number] = call.read(line)
+                self._waited = 0.0
+            except ThrottledError as error:
+                self._throttle(number, call, error)
             except FrameTooLargeError as error:
                 self._refuse(error)
                 self.is_over = True
@@ -227,27 +250,39 @@ class Exchange(Generic[T]):
         """The results in the order of the calls; raises the first error instead when there was one."""
         if self._error is not None:
             raise self._error
-        return self._results
+        return [self._results[number] for number in sorted(self._results)]
 
     def _next_lines(self) -> list[bytes]:
         lines: list[bytes] = []
         size = 0
         try:
             while size < READ_BYTES and len(self._under_way) < self._depth:
-                call = next(self._calls, None)
-                if call is None:
+                numbered = self._again.popleft() if self._again else next(self._calls, None)
+                if numbered is None:
                     self._has_more = False
                     break
-                self._under_way.append(call)
-                lines.append(call.line)
-                size += len(call.line)
+                self._under_way.append(numbered)
+                lines.append(numbered[1].line)
+                size += len(numbered[1].line)
         except Exception as error:
             # Raised by the caller's iterable: what is under way must still be answered before it goes on to the caller.
             self._refuse(error)
         return lines
 
+    def _throttle(self, number: int, call: Call[T], error: ThrottledError) -> None:
+        pause = max(self._pause, error.retry_after)
+        if self._error is not None or self._waited + pause > self._patience:
+            self._refuse(error)
+            return
+        if not self._pause:
+            self._depth = max(1, self._depth // 2)
+        self._pause = pause
+        self._again.append((number, call))
+
     def _refuse(self, error: Exception) -> None:
         self._has_more = False
+        self._pause = 0.0
+        self._again.clear()
         if self._error is None:
             self._error = error
 
@@ -319,6 +354,7 @@ def _decoded(decoder: msgspec.json.Decoder[R | ErrorReply], request_id: str | No
     if reply.request_id is not None and reply.request_id != request_id:
         raise ProtocolError("the server answered another request than this one; connect again")
     if isinstance(reply, ErrorReply):
-        error: KmsError = from_wire(reply.error_code, reply.message)
+        after = reply.retry_after_ms
+        error: KmsError = from_wire(reply.error_code, reply.message, None if after is None else after / 1000)
         raise error
     return reply

@@ -59,6 +59,8 @@ WITH_AAD: Final = frozenset({Operation.GENERATE_DATA_KEY, Operation.ENCRYPT, Ope
 
 _HEALTH: Final = Operation.HEALTH
 _LIST: Final = Operation.LIST_KEY_GROUPS
+_DESTROY: Final = Operation.DESTROY_VERSION
+_EVERY_GROUP: Final = "*"
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,10 @@ class Grants:
         self._allow = tuple(allow)
         self._deny = tuple(deny)
         self._listed = any(_LIST in rule.operations for rule in self._allow)
+        self.is_administrator: Final = any(
+            _DESTROY in rule.operations and _EVERY_GROUP in rule.groups for rule in self._allow
+        )
+        """Whether one rule lets it destroy a version of any key group: nothing is kept from who may do that."""
         self._decisions: dict[tuple[Operation, str], tuple[bytes, ...]] = {}
 
     def allows(self, operation: Operation, group: str | None, aad: bytes) -> bool:

@@ -71,10 +71,13 @@ class UsageKeeper(Protocol):
         """What is known of a version that is, or was, in the keyring."""
         ...
 
-    async def disable_version_for(self, group: str, version: int, seconds: int, permit: Permit, *, by: str) -> int:
+    async def disable_version_for(
+        self, group: str, version: int, seconds: int, permit: Permit, *, by: str, most: int | None = None
+    ) -> int:
         """Disable a version until `seconds` from now, and let it be enabled again then; when that is, in epoch seconds.
 
         Both the disabling and its end are durable when this returns. Asked for a version that is disabled for a time
-        already, it moves that end. `by` is the name of whoever asks. Raises as `KeyringManager.disable_version`.
+        already, it moves that end. `by` is the name of whoever asks, and `most` how many they may have so at once.
+        Raises as `KeyringManager.disable_version`, and `LimitExceededError`.
         """
         ...

@@ -21,7 +21,7 @@ import trio
 from kms.core.derive import KdfParameters
 from kms.core.keyring import Keyring
 from kms.core.secret import Secret
-from kms.errors import EXIT_INTERNAL, EXIT_LOCKED, EXIT_OK, KeystoreReplacedError, SaveOutcomeUnknownError
+from kms.errors import EXIT_INTERNAL, EXIT_OK, EXIT_TEMPFAIL, KeystoreReplacedError, SaveOutcomeUnknownError
 from kms.host import hardening, package
 from kms.limits import DRAIN_TIMEOUT
 from kms.server.config import ServerConfig
@@ -174,7 +174,7 @@ class Daemon:
             status = EXIT_INTERNAL
         except* KeystoreReplacedError:
             # Logged, too. Whose keys are on disk now is for a person to find out.
-            status = EXIT_LOCKED
+            status = EXIT_TEMPFAIL
         return status
 
     async def _serve(

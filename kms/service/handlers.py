@@ -34,6 +34,11 @@ class Caller(Protocol):
         """What the principal is called."""
         ...
 
+    @property
+    def most_timed_disables(self) -> int | None:
+        """How many versions the principal may have disabled for a time at once; None for any number."""
+        ...
+
     def allowed(self, operation: Operation, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
         """Those of `groups` on which the principal may use `operation`."""
         ...
@@ -166,7 +171,9 @@ class Handlers:
         if seconds is None:
             await self._keyring.disable_version(group, version, caller.permit)
             return _changed(request, "disabled")
-        until = await self._usage.disable_version_for(group, version, seconds, caller.permit, by=caller.name)
+        until = await self._usage.disable_version_for(
+            group, version, seconds, caller.permit, by=caller.name, most=caller.most_timed_disables
+        )
         return messages.DetailReply(f"{group} v{version} disabled for {seconds} s", until_epoch_sec=until)
 
     async def enable_version(self, request: messages.EnableVersion, caller: Caller) -> Reply:

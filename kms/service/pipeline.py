@@ -13,8 +13,9 @@ closed.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Final
@@ -23,18 +24,21 @@ from msgspec import structs
 
 from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
-from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, UnavailableError, WireError
+from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, ThrottledError, UnavailableError, WireError
 from kms.service.audit_trail import AuditTrail
 from kms.service.authentication import Authenticator
 from kms.service.authorization import authorize
 from kms.service.bugs import log_bug
 from kms.service.event import Event
 from kms.service.handlers import Handlers
+from kms.service.quotas import Limits, Quotas
 from kms.service.refusals import Refusals
 from kms.service.served import Observer, Peer, Served, Turn, UsageCounter, bounded_name
 from kms.wire.messages import ErrorReply, Reply, Request, UndecodableRequestError, decode_request, encode, presented
 
 log: Final = logging.getLogger("kms.audit")
+
+_NO_LIMITS: Final[Mapping[str, Limits]] = {}
 
 _DATA: Final = Plane.DATA
 _HEALTH: Final = Operation.HEALTH
@@ -63,6 +67,7 @@ class RequestPipeline:
         observers: Sequence[Observer] = (),
         trail: AuditTrail | None = None,
         usage: UsageCounter | None = None,
+        limits: Mapping[str, Limits] = _NO_LIMITS,
     ) -> None:
         """`observers` are told of every request; with a `trail`, what cannot be put on record is not answered."""
         self.data_handlers = handlers.data_plane()
@@ -70,13 +75,21 @@ class RequestPipeline:
         self.observers = tuple(observers)
         self.usage = usage
         self._refusals = Refusals(time.monotonic)
-        self.admit(authenticator, policy, trail)
+        self.quotas = Quotas(time.monotonic)
+        self.admit(authenticator, policy, trail, limits)
 
-    def admit(self, authenticator: Authenticator, policy: KeyAuthorizationPolicy, trail: AuditTrail | None = None) -> None:
+    def admit(
+        self,
+        authenticator: Authenticator,
+        policy: KeyAuthorizationPolicy,
+        trail: AuditTrail | None = None,
+        limits: Mapping[str, Limits] = _NO_LIMITS,
+    ) -> None:
         """From now on let these decide: about new requests, and about changes of keys that still wait."""
         self.authenticator = authenticator
         self.policy = policy
         self.trail = trail
+        self.quotas.admit(limits)
         self.is_watched = bool(self.observers) or trail is not None
 
     def record(self, served: Served) -> None:
@@ -130,6 +143,8 @@ class Session:
         pipeline, principal = self._pipeline, None
         try:
             principal = pipeline.authenticator.authenticate(_DATA, request.token, self._peer)
+            if pipeline.quotas.rates:
+                pipeline.quotas.throttle(principal)
             authorize(pipeline.policy, principal, request)
             if pipeline.trail is not None and request.operation is not _HEALTH:
                 pipeline.trail.check()
@@ -178,9 +193,10 @@ class Session:
         pipeline = self._pipeline
         caller = _Caller(pipeline, number, request, self._peer)
         try:
-            caller.identify()
+            caller.arrive()
             reply = await pipeline.control_handlers[type(request)](request, caller)
         except Exception as error:
+            caller.take_back()
             return self._failed(number, request, caller.principal, error, began, has_begun=caller.has_begun)
         if request.request_id is not None:
             reply = _named(reply, request.request_id)
@@ -202,7 +218,8 @@ class Session:
         if error.kind is not None:
             try:
                 principal = self._pipeline.authenticator.authenticate(error.kind.plane, error.token, self._peer)
-            except AuthFailedError as failure:
+                self._pipeline.quotas.throttle(principal)
+            except (AuthFailedError, ThrottledError) as failure:
                 # Its traceback leads to this frame, and so back to it: a circle, that would keep the request for a while.
                 reason = failure.with_traceback(None)
         served = Served(self._peer, number, None, error.kind, principal, None, reason, began, error.request_id)
@@ -231,7 +248,7 @@ class Session:
         usage = self._pipeline.usage
         if usage is not None:
             usage.refused(served)
-        reply = ErrorReply(error.code, str(error), request_id=served.request_id)
+        reply = _error_reply(error, served)
         line = self._answer(served, reply, has_begun=has_begun)
         return Rejection(line) if isinstance(error, AuthFailedError) else Refusal(line)
 
@@ -249,10 +266,15 @@ class Session:
             try:
                 trail.finish(served)
             except UnavailableError as error:
-                reply = ErrorReply(error.code, str(error), request_id=served.request_id)
+                reply = _error_reply(error, served)
         line = encode(reply)
         self.turn.append((line, waits_for))
         return line
+
+
+def _error_reply(error: WireError, served: Served) -> ErrorReply:
+    after = math.ceil(error.retry_after * 1000) if isinstance(error, ThrottledError) else None
+    return ErrorReply(error.code, str(error), after, request_id=served.request_id)
 
 
 def _named(reply: Reply, request_id: str) -> Reply:
@@ -267,26 +289,44 @@ class _Caller:
         self.principal: Principal | None = None
         self.has_begun = False
         """Whether the change that it asks for is on record as begun."""
+        self._is_counted = False
         self._pipeline = pipeline
         self._number = number
         self._request = request
         self._peer = peer
 
-    def identify(self) -> None:
-        """Raises `AuthFailedError` or `UnauthorizedError`; what is known of who asks is kept all the same."""
-        self.principal = self._pipeline.authenticator.authenticate(self._request.plane, self._request.token, self._peer)
-        authorize(self._pipeline.policy, self.principal, self._request)
+    def arrive(self) -> None:
+        """Raises as `permit`, and `ThrottledError`; what is known of who asks is kept all the same."""
+        principal = self._identified()
+        self._pipeline.quotas.throttle(principal)
+        authorize(self._pipeline.policy, principal, self._request)
 
     def permit(self) -> None:
-        self.identify()
+        principal = self._identified()
+        authorize(self._pipeline.policy, principal, self._request)
+        self._pipeline.quotas.begin(principal, self._request.operation)
+        self._is_counted = True
         trail = self._pipeline.trail
         if trail is not None:
             trail.begin(self._peer, self._number, self._request, self.principal)
             self.has_begun = True
 
+    def take_back(self) -> None:
+        """The change was not made: it counts towards no limit."""
+        if self._is_counted and self.principal is not None:
+            self._pipeline.quotas.take_back(self.principal, self._request.operation)
+
+    def _identified(self) -> Principal:
+        self.principal = self._pipeline.authenticator.authenticate(self._request.plane, self._request.token, self._peer)
+        return self.principal
+
     @property
     def name(self) -> str:
         return "" if self.principal is None else self.principal.name
+
+    @property
+    def most_timed_disables(self) -> int | None:
+        return None if self.principal is None else self._pipeline.quotas.most_timed_disables(self.principal)
 
     def allowed(self, operation: Operation, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
         principal, allows = self.principal, self._pipeline.policy.allows
@@ -323,4 +363,4 @@ def _unrecorded(turn: Turn, error: UnavailableError) -> bytes:
 def _instead(reply: bytes, served: Served | None, error: UnavailableError) -> bytes:
     if served is None or (served.kind is not None and served.kind.operation is _HEALTH):
         return reply
-    return encode(ErrorReply(error.code, str(error), request_id=served.request_id))
+    return encode(_error_reply(error, served))

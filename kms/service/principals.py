@@ -15,7 +15,7 @@ import os
 import re
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -27,6 +27,7 @@ from kms import limits
 from kms.core.policy import WITH_AAD, Grants, Operation, Rule
 from kms.errors import ConfigError, FileAccessError
 from kms.host.private import open_private
+from kms.service.quotas import DEFAULT, UNLIMITED, Limits
 
 RESERVED_NAMES: Final = {"api": "the shared API token", "admin": "the shared admin token"}
 """What the holders of the shared tokens are called; a principal of that name could not be told from them."""
@@ -58,12 +59,23 @@ class _AllowTable(_DenyTable, forbid_unknown_fields=True):
     aad_prefix: str | None = None
 
 
+_Count = Annotated[int, Meta(ge=0, le=limits.MAX_LIMIT)]
+
+
+class _LimitsTable(Struct, forbid_unknown_fields=True):
+    requests_per_second: Annotated[float, Meta(gt=0, le=limits.MAX_LIMIT)] | None = None
+    groups: _Count | None = None
+    versions_per_day: _Count | None = None
+    timed_disables: _Count | None = None
+
+
 class _PrincipalTable(Struct, forbid_unknown_fields=True):
     token_sha256: Annotated[list[str | _TokenTable], Meta(max_length=limits.MAX_TOKENS_PER_PRINCIPAL)] = []
     uids: _Ids = []
     gids: _Ids = []
     allow: Annotated[list[_AllowTable], Meta(max_length=limits.MAX_RULES_PER_PRINCIPAL)] = []
     deny: Annotated[list[_DenyTable], Meta(max_length=limits.MAX_RULES_PER_PRINCIPAL)] = []
+    limits: _LimitsTable = msgspec.field(default_factory=_LimitsTable)
 
 
 class _SharedTable(Struct, forbid_unknown_fields=True):
@@ -98,6 +110,7 @@ class TeamMember:
     uids: tuple[int, ...]
     gids: tuple[int, ...]
     grants: Grants
+    limits: Limits
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,15 +223,22 @@ def _member(name: str, value: object) -> TeamMember:
         for number, one in enumerate(getattr(table, kind)):
             if one == limits.NOBODY_ID:
                 raise _PlaceError(f"{place}.{kind}[{number}]", f"{one} is everyone whom a user namespace has no number for")
+    grants = Grants(
+        [_rule(rule, f"{place}.allow[{number}]") for number, rule in enumerate(table.allow)],
+        [_rule(rule, f"{place}.deny[{number}]") for number, rule in enumerate(table.deny)],
+    )
     return TeamMember(
         tuple(_token(token, f"{place}.token_sha256[{number}]") for number, token in enumerate(table.token_sha256)),
         tuple(table.uids),
         tuple(table.gids),
-        Grants(
-            [_rule(rule, f"{place}.allow[{number}]") for number, rule in enumerate(table.allow)],
-            [_rule(rule, f"{place}.deny[{number}]") for number, rule in enumerate(table.deny)],
-        ),
+        grants,
+        _limits(table.limits, UNLIMITED if grants.is_administrator else DEFAULT),
     )
+
+
+def _limits(table: _LimitsTable, default: Limits) -> Limits:
+    said = {name: value for name, value in msgspec.structs.asdict(table).items() if value is not None}
+    return replace(default, **said)
 
 
 def _token(token: str | _TokenTable, place: str) -> TokenDigest:

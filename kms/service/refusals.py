@@ -12,9 +12,9 @@ as a whole: a new connection or another text makes nobody another.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from kms.core.bucket import Bucket
 from kms.limits import (
     MAX_REFUSAL_KINDS,
     REFUSALS_OF_A_PRINCIPAL,
@@ -42,19 +42,13 @@ Repeats = tuple[Kind, int]
 _OTHERS: Final = Kind(None, None, "-", "-", "-")
 
 
-@dataclass(slots=True)
-class _Bucket:
-    level: float
-    since: float
-
-
 class Refusals:
     """Says of each refusal whether it is to be put on record by itself, and counts the rest."""
 
     def __init__(self, monotonic: Clock) -> None:
         self._monotonic = monotonic
         self._counts: dict[Kind, int] = {}
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, Bucket] = {}
 
     def is_first(self, served: Served) -> bool:
         """Whether `served`, which was refused, is to be put on record; if not, it is counted.
@@ -90,26 +84,16 @@ class Refusals:
         self._counts = {kind: 0 for kind, _ in repeats}
         # One that is full again is as one that was never begun.
         now = self._monotonic()
-        self._buckets = {name: bucket for name, bucket in self._buckets.items() if _refilled(bucket, now) < _FULL}
+        self._buckets = {name: bucket for name, bucket in self._buckets.items() if not bucket.is_full(now)}
         return repeats
 
     def _spends(self, principal: str) -> bool:
         now = self._monotonic()
         bucket = self._buckets.get(principal)
         if bucket is None:
-            bucket = self._buckets[principal] = _Bucket(_FULL, now)
-        bucket.level, bucket.since = _refilled(bucket, now), now
-        if bucket.level < 1:
-            return False
-        bucket.level -= 1
-        return True
-
-
-_FULL: Final = float(REFUSALS_OF_A_PRINCIPAL)
-
-
-def _refilled(bucket: _Bucket, now: float) -> float:
-    return min(_FULL, bucket.level + (now - bucket.since) * REFUSALS_OF_A_PRINCIPAL_PER_SECOND)
+            bucket = Bucket(REFUSALS_OF_A_PRINCIPAL, REFUSALS_OF_A_PRINCIPAL_PER_SECOND, now)
+            self._buckets[principal] = bucket
+        return not bucket.take(now)
 
 
 def kind_of(served: Served) -> Kind:

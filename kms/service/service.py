@@ -65,7 +65,9 @@ class Service:
             new_data_key=new_data_key,
             max_frame_bytes=max_frame_bytes,
         )
-        self.pipeline = RequestPipeline(handlers, access.authenticator, access.policy, observers, usage=usage)
+        self.pipeline = RequestPipeline(
+            handlers, access.authenticator, access.policy, observers, usage=usage, limits=access.limits
+        )
         self.schedule = RequestPipeline(handlers, ScheduleAuthenticator(), AllowAll(), observers)
         """What the server asks of itself: it goes on record, too."""
 
@@ -78,7 +80,7 @@ class Service:
         await trio.to_thread.run_sync(opening)
         self.keeper.admitted(access.sha256)
         self.access = access
-        self.pipeline.admit(access.authenticator, access.policy, self.keeper.trail)
+        self.pipeline.admit(access.authenticator, access.policy, self.keeper.trail, access.limits)
         self.schedule.admit(self.schedule.authenticator, self.schedule.policy, self.keeper.trail)
 
     def start_core(self, nursery: trio.Nursery) -> None:

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from hmac import compare_digest
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -19,6 +19,7 @@ from kms.core.policy import AllowAll, GrantPolicy, KeyAuthorizationPolicy, Plane
 from kms.errors import AuthFailedError, ConfigError, InputMissingError
 from kms.service.authentication import Authenticator, SharedToken, presented_digest
 from kms.service.principals import Principals, load
+from kms.service.quotas import Limits
 from kms.service.served import Peer
 from kms.storage.audit_log import is_kept
 
@@ -93,6 +94,8 @@ class Access(NamedTuple):
     is_from_file: bool
     sha256: str
     """Of the file's content, in hexadecimal; empty without one."""
+    limits: Mapping[str, Limits] = {}
+    """Of each principal of the file."""
 
 
 class AccessSource:
@@ -134,5 +137,6 @@ class AccessSource:
             {name: member.grants for name, member in principals.members.items()},
             trusted=(shared.api.principal.name, shared.admin.principal.name),
         )
+        limits = {name: member.limits for name, member in principals.members.items()}
         origin = f"principals from {path}: {len(principals.members)}"
-        return Access(authenticator, policy, origin, is_from_file=True, sha256=principals.sha256)
+        return Access(authenticator, policy, origin, is_from_file=True, sha256=principals.sha256, limits=limits)

@@ -30,7 +30,7 @@ from kms.core.keyring import DisableVersion, KeyGroup, Keyring, KeyVersion, tran
 from kms.core.policy import Plane, Principal
 from kms.core.provider import KeyringManager, Permit
 from kms.core.usage import TimedDisable, VersionUsage
-from kms.errors import InternalError, InvalidRequestError, KmsError, WireError
+from kms.errors import InternalError, InvalidRequestError, KmsError, LimitExceededError, WireError
 from kms.limits import MAX_TIMED_DISABLES, TIMED_DISABLE_RETRY_SECONDS
 from kms.service.authentication import Authenticator
 from kms.service.pipeline import RequestPipeline, Session
@@ -109,7 +109,9 @@ class Trials:
     def usage_of(self, version: KeyVersion) -> VersionUsage:
         return self._usage.of(version)
 
-    async def disable_version_for(self, group: str, version: int, seconds: int, permit: Permit, *, by: str) -> int:
+    async def disable_version_for(
+        self, group: str, version: int, seconds: int, permit: Permit, *, by: str, most: int | None = None
+    ) -> int:
         name = (group, version)
         async with self._lock:
             now = self._usage.clock()
@@ -117,6 +119,7 @@ class Trials:
             if name in self._usage.running:
                 await self._move_end(name, until, permit)
             else:
+                self._check_room(by, most)
                 await self._begin(name, TimedDisable(by, int(now), until), permit)
         self._changed.set()
         return until
@@ -131,14 +134,19 @@ class Trials:
             self._usage.move_end(name, before)
             raise
 
+    def _check_room(self, by: str, most: int | None) -> None:
+        running = self._usage.running
+        if len(running) >= MAX_TIMED_DISABLES:
+            raise InvalidRequestError(f"forSeconds: there are {MAX_TIMED_DISABLES} versions disabled for a time already")
+        if most is not None and sum(trial.by == by for trial in running.values()) >= most:
+            raise LimitExceededError(f"{most} versions disabled for a time at once: the limit timed_disables of {by}")
+
     async def _begin(self, name: VersionName, trial: TimedDisable, permit: Permit) -> None:
         group, number = name
         found = self._manager.find_group(group)
         # What the rules refuse needs no write; they are asked again when it is taken up.
         known = Keyring(0, {} if found is None else {group: found})
         transition(known, DisableVersion(group, number, for_a_time=True), now=trial.since_epoch_sec, mint=_no_key)
-        if len(self._usage.running) >= MAX_TIMED_DISABLES:
-            raise InvalidRequestError(f"forSeconds: there are {MAX_TIMED_DISABLES} versions disabled for a time already")
         take_back = self._usage.begin(name, trial)
         try:
             await self._save()

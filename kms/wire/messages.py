@@ -196,8 +196,11 @@ class KeyGroupsReply(Reply, tag="ok", rename="camel"):
 
 
 class ErrorReply(Reply, tag="error", rename="camel"):
+    """`retry_after_ms`, of what was asked for too often, is after how many milliseconds it may be asked again."""
+
     error_code: str
     message: str
+    retry_after_ms: Annotated[int, Meta(ge=0)] | None = None
 
 
 class _Head(Struct):
