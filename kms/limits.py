@@ -51,6 +51,11 @@ MAX_KEY_GROUPS: Final = 100_000
 """A keyring lives in memory and is written whole at each save."""
 MAX_VERSIONS_PER_GROUP: Final = 10_000
 
+MAX_LIST_LIMIT: Final = 1000
+"""Key groups of one page of a list."""
+LIST_PAGE_BYTES: Final = 1 << 20
+"""What a page has at most, when it has more than one group. One group of 10,000 versions may take as much."""
+
 # Metrics. Prometheus asks every few seconds, on one connection.
 
 MAX_SCRAPES: Final = 8

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from base64 import b64encode
-from collections.abc import Awaitable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,6 +33,7 @@ from kms.limits import MAX_FRAME_BYTES
 from kms.service.audit_keeper import AuditKeeper
 from kms.service.audit_settings import AuditSettings, DataAudit
 from kms.service.authentication import Authenticator
+from kms.service.pipeline import Later
 from kms.service.served import Peer, Served
 from kms.service.service import Service
 from kms.service.team import Access
@@ -138,10 +138,7 @@ class Server:
         self.pipeline = self.service.pipeline
 
     def line(self, line: bytes, peer: Peer = PEER) -> dict[str, Any]:
-        answer = self.pipeline.session(peer).serve(line)
-        if not isinstance(answer, bytes):
-            answer = finish(answer())
-        reply: dict[str, Any] = json.loads(answer)
+        reply: dict[str, Any] = json.loads(finish(self.pipeline.session(peer).serve(line)))
         return reply
 
     def ask(self, kind: str, token: str = API, **fields: Any) -> dict[str, Any]:
@@ -155,10 +152,16 @@ async def unrecorded() -> None:
     """In the place of an audit log that is made durable."""
 
 
-def finish(answer: Awaitable[bytes]) -> bytes:
-    assert inspect.iscoroutine(answer)
+async def answered(answer: bytes | Later) -> bytes:
+    """The line of a reply, whichever way it is made."""
+    reply = answer if isinstance(answer, bytes) else await answer()
+    return reply if isinstance(reply, bytes) else b"".join([piece async for piece in reply.pieces()])
+
+
+def finish(answer: bytes | Later) -> bytes:
+    """The same for one that waits for nothing."""
     with pytest.raises(StopIteration) as stop:
-        answer.send(None)
+        answered(answer).send(None)
     value = stop.value.value
     assert isinstance(value, bytes)
     return value

@@ -46,7 +46,7 @@ class FakeAdmin:
         self.asked = []
         self.described = KeyGroupView("billing", 4, [VersionView(3, "DISABLED", 1700000000, UNUSED)])
 
-    def list_key_groups(self, *, usage: bool) -> list[KeyGroupView]:
+    def iter_key_groups(self, *, usage: bool) -> list[KeyGroupView]:
         self.asked.append(("list", usage))
         return [GROUP]
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import socket
-from base64 import b64decode, b64encode
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 from kms.client.async_ import AsyncKmsClient
 from kms.client.protocol import DataKey
@@ -23,34 +21,14 @@ from kms.errors import (
     FrameTooLargeError,
     ProtocolError,
     ServerUnreachableError,
+    ThrottledError,
 )
+from kms_tests.test_blocking import THROTTLED, answer, page
 
 
-def answer(line: bytes) -> bytes:
-    """A server whose encryption is reversal."""
-    request = json.loads(line)
-    group = {"keyId": request.get("keyId", "g"), "activeVersion": 1, "versions": []}
-    reply: dict[str, Any]
-    if request["token"] != "token":
-        reply = {"status": "error", "errorCode": "AuthFailed", "message": "invalid API token"}
-    elif request["type"] in ("Encrypt", "Decrypt", "ReEncrypt"):
-        given = b64decode(request.get("plaintext") or request.get("ciphertext") or "")
-        if given == b"bad":
-            reply = {"status": "error", "errorCode": "DecryptionFailed", "message": "decryption failed"}
-        else:
-            name = "plaintext" if request["type"] == "Decrypt" else "ciphertext"
-            reply = {"status": "ok", name: b64encode(given[::-1]).decode()}
-    elif request["type"] == "GenerateDataKey":
-        reply = {"status": "ok", "plaintextDataKey": "cA==", "wrappedDataKey": "dw=="}
-    elif request["type"] == "ListKeyGroups":
-        reply = {"status": "ok", "keyGroups": [group] * (2 if request["usage"] else 1)}
-    elif request["type"] in ("CreateKeyGroup", "RotateKeyGroup", "DescribeKeyGroup"):
-        reply = {"status": "ok", "keyGroup": group}
-    else:
-        reply = {"status": "ok", "detail": f"{request['type']} {request.get('version')}"}
-        if request.get("forSeconds"):
-            reply["untilEpochSec"] = request["forSeconds"]
-    return json.dumps(reply).encode() + b"\n"
+@pytest.fixture
+def autojump_clock() -> MockClock:
+    return MockClock(autojump_threshold=0)
 
 
 async def serve_lines(stream: trio.SocketStream) -> None:
@@ -85,6 +63,66 @@ async def connected(
         nursery.start_soon(run)
         yield client
         nursery.cancel_scope.cancel()
+
+
+async def test_key_groups_are_asked_for_in_pages_as_they_are_needed() -> None:
+    asked: list[bytes | bytearray] = []
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async for data in stream:
+            asked.append(data)
+            await stream.send_all(page(data))
+
+    async with connected(serve) as client:
+        async with aclosing(client.iter_key_groups(page_size=2)) as groups:
+            seen = [group.key_id async for group in groups]
+        assert (seen, len(asked)) == (["a", "b", "c", "d", "e"], 3)
+        async with aclosing(client.iter_key_groups(page_size=2)) as groups:
+            assert (await anext(groups)).key_id == "a"
+        assert len(asked) == 4
+
+
+async def test_a_throttled_call_is_sent_again_when_the_server_says(autojump_clock: MockClock) -> None:
+    asked: list[float] = []
+
+    async def serve(stream: trio.SocketStream) -> None:
+        async for data in stream:
+            asked.append(trio.current_time())
+            await stream.send_all(THROTTLED if len(asked) < 3 else answer(data))
+
+    async with connected(serve) as client:
+        began = trio.current_time()
+        assert await client.health() == "Health None"
+        assert [round(at - began, 1) for at in asked] == [0, 5, 10]
+
+
+async def test_a_call_that_is_throttled_for_too_long_is_refused_and_the_connection_stays(autojump_clock: MockClock) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        async for _ in stream:
+            await stream.send_all(THROTTLED)
+
+    async with connected(serve) as client:
+        for _ in range(2):
+            began = trio.current_time()
+            with pytest.raises(ThrottledError, match="too often"):
+                await client.health()
+            assert trio.current_time() - began <= 10
+
+
+async def test_who_closes_a_client_that_waits_ends_its_call(autojump_clock: MockClock) -> None:
+    async def serve(stream: trio.SocketStream) -> None:
+        async for _ in stream:
+            await stream.send_all(THROTTLED)
+
+    async with connected(serve) as client, trio.open_nursery() as nursery:
+
+        async def close() -> None:
+            await trio.sleep(1)
+            await client.aclose()
+
+        nursery.start_soon(close)
+        with pytest.raises(ServerUnreachableError, match="is closed"):
+            await client.health()
 
 
 async def test_each_operation_answers_with_its_result() -> None:

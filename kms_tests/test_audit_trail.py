@@ -66,7 +66,7 @@ class Audited(Server):
         replies = b""
         for line in lines:
             answer = self.session.serve(line)
-            replies += (answer if isinstance(answer, bytes) else finish(answer())) + b"\n"
+            replies += finish(answer) + b"\n"
         instead = self.session.commit()
         return [json.loads(reply) for reply in (replies if instead is None else instead).splitlines()]
 

@@ -26,13 +26,15 @@ from kms.errors import (
     FrameTooLargeError,
     ProtocolError,
     ServerUnreachableError,
+    ThrottledError,
 )
+from kms.limits import THROTTLE_PATIENCE
 
 OK = b'{"status":"ok","detail":"ok"}\n'
 TOO_LARGE = b'{"status":"error","errorCode":"FrameTooLarge","message":"too large"}\n'
 
 
-def answer(line: bytes) -> bytes:
+def answer(line: bytes | bytearray) -> bytes:
     """A server whose encryption is reversal."""
     request = json.loads(line)
     group = {"keyId": request.get("keyId", "g"), "activeVersion": 1, "versions": []}
@@ -56,6 +58,19 @@ def answer(line: bytes) -> bytes:
         reply = {"status": "ok", "detail": f"{request['type']} {request.get('version')}"}
         if request.get("forSeconds"):
             reply["untilEpochSec"] = request["forSeconds"]
+    return json.dumps(reply).encode() + b"\n"
+
+
+THROTTLED = b'{"status":"error","errorCode":"Throttled","message":"too often","retryAfterMs":5000}\n'
+
+
+def page(line: bytes | bytearray) -> bytes:
+    """The answer to a request for a page of the five groups from a to e."""
+    request = json.loads(line)
+    begin = int(request.get("nextToken") or 0)
+    end = begin + request["limit"]
+    groups = [{"keyId": name, "activeVersion": 1, "versions": []} for name in "abcde"[begin:end]]
+    reply = {"status": "ok", "keyGroups": groups} | ({"nextToken": str(end)} if end < 5 else {})
     return json.dumps(reply).encode() + b"\n"
 
 
@@ -102,6 +117,73 @@ def test_each_operation_answers_with_its_result() -> None:
         assert client.disable_version("g", 3, for_seconds=60) == "DisableVersion 3"
         assert client.enable_version("g", 3) == "EnableVersion 3"
         assert client.destroy_version("g", 3) == "DestroyVersion 3"
+
+
+def test_key_groups_are_asked_for_in_pages_as_they_are_needed() -> None:
+    asked: list[bytes] = []
+
+    def serve(link: socket.socket) -> None:
+        with link.makefile("rb") as lines:
+            for line in lines:
+                asked.append(line)
+                link.sendall(page(line) if b"ListKeyGroups" in line else answer(line))
+
+    with connected(serve) as client:
+        groups = client.iter_key_groups(page_size=2)
+        assert asked == []
+        assert [next(groups).key_id, next(groups).key_id] == ["a", "b"]
+        assert len(asked) == 1
+        assert client.health() == "Health None"
+        assert [group.key_id for group in groups] == ["c", "d", "e"]
+        assert len(asked) == 4
+
+
+def test_a_server_that_knows_no_pages_sends_all_at_once() -> None:
+    with connected() as client:
+        assert len(list(client.iter_key_groups(usage=True, page_size=1))) == 2
+
+
+@pytest.mark.parametrize("groups", ["[]", '[{"keyId":"a","activeVersion":1,"versions":[]}]'])
+def test_a_list_without_end_is_a_protocol_error(groups: str) -> None:
+    def serve(link: socket.socket) -> None:
+        with link.makefile("rb") as lines:
+            for _ in lines:
+                link.sendall(b'{"status":"ok","keyGroups":%b,"nextToken":"again"}\n' % groups.encode())
+
+    with connected(serve) as client, pytest.raises(ProtocolError, match="does not come to an end"):
+        list(client.iter_key_groups())
+
+
+def test_a_throttled_call_is_sent_again_when_the_server_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("kms.client.blocking.time.sleep", slept.append)
+    asked: list[bytes] = []
+
+    def serve(link: socket.socket) -> None:
+        with link.makefile("rb") as lines:
+            for line in lines:
+                asked.append(line)
+                link.sendall(THROTTLED if len(asked) < 3 else answer(line))
+
+    with connected(serve) as client:
+        assert client.health() == "Health None"
+    assert slept == [5.0, 5.0]
+
+
+def test_a_call_that_is_throttled_for_too_long_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    slept: list[float] = []
+    monkeypatch.setattr("kms.client.blocking.time.sleep", slept.append)
+
+    def serve(link: socket.socket) -> None:
+        with link.makefile("rb") as lines:
+            for _ in lines:
+                link.sendall(THROTTLED)
+
+    for timeout, most in ((60.0, THROTTLE_PATIENCE), (7.0, 7.0)):
+        with connected(serve, timeout=timeout) as client, pytest.raises(ThrottledError, match="too often"):
+            client.health()
+        assert most - 5 < sum(slept) <= most
+        slept.clear()
 
 
 def test_a_refusal_is_raised_and_the_connection_stays() -> None:

@@ -10,7 +10,6 @@ import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from kms.core.keyring import KeyGroup
 from kms.core.policy import KeyAuthorizationPolicy
 from kms.limits import READ_BYTES
 from kms.server import connection
@@ -20,7 +19,7 @@ from kms.server.outbox import Outbox
 from kms.service.pipeline import Refusal, Rejection
 from kms.service.served import Peer
 from kms.wire import messages
-from kms_tests.in_memory import ADMIN, API, Server
+from kms_tests.in_memory import API, Server
 
 HEALTH = b'{"type":"Health","token":"%b"}\n' % API.encode()
 STRANGER = b'{"type":"Health","token":"wrong"}\n'
@@ -207,24 +206,3 @@ async def test_a_long_line_without_a_right_token_is_refused_before_it_is_decoded
     await wait_all_tasks_blocked()
     assert b'"ok"' in client.recv(1 << 20)
     assert len(decoded) == 1
-
-
-async def test_a_list_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = Server()
-    groups: list[KeyGroup] = [server.manager.current.groups["default"]] * 5000
-    monkeypatch.setattr(server.manager, "list_groups", lambda: groups)
-    turns = 0
-
-    async def count() -> None:
-        nonlocal turns
-        while True:
-            turns += 1
-            await trio.lowlevel.checkpoint()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(count)
-        later = server.pipeline.session(Peer(1, "unix")).serve(b'{"type":"ListKeyGroups","token":"%b"}' % ADMIN.encode())
-        assert not isinstance(later, bytes)
-        await later()
-        nursery.cancel_scope.cancel()
-    assert turns >= 20

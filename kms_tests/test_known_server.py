@@ -284,11 +284,25 @@ async def test_nor_is_it_for_the_client_for_trio() -> None:
     assert imposter.heard == b""
 
 
-def test_who_answers_and_closes_at_once_is_shown_nothing() -> None:
+@pytest.mark.parametrize("is_before", [True, False])
+def test_who_answers_and_closes_before_or_after_the_check_is_not_believed(
+    monkeypatch: pytest.MonkeyPatch, *, is_before: bool
+) -> None:
     imposter = Imposter(says=b'{"status":"ok","detail":"ok"}\n', closes=True)
-    imposter.start()
+
+    def checked(family: int, near: tuple[str, int], far: tuple[str, int]) -> FarEnd | None:
+        if is_before and imposter.ident is None:
+            imposter.start()
+            imposter.join(10)
+        found = far_end_of(family, near, far)
+        if not is_before:
+            imposter.start()
+            imposter.join(10)
+            return FarEnd(os.getuid(), is_held=True)
+        return found
+
+    monkeypatch.setattr("kms.client.known_server.far_end_of", checked)
     with imposter.listening, pytest.raises((UnknownServerError, ServerUnreachableError)):
-        # Before the check, in the middle of it, or after: it never gets as far as an answer that is believed.
         KmsClient.connect_tcp(port=imposter.port, token="t0ken", timeout=0.3).health()
     assert imposter.heard == b""
 

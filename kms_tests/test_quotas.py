@@ -19,7 +19,7 @@ from kms.service.principals import parse
 from kms.service.quotas import DEFAULT, UNLIMITED, Limits, Quotas
 from kms.service.served import Peer
 from kms.service.service import Service
-from kms_tests.in_memory import no_audit, usage_of
+from kms_tests.in_memory import answered, no_audit, usage_of
 from kms_tests.test_actor import Store
 from kms_tests.test_team import Team, digest
 
@@ -174,7 +174,7 @@ def test_versions_disabled_for_a_time_are_counted_while_they_are_so(tmp_path: Pa
         async def ask(kind: str, version: int, token: str = "t", **fields: Any) -> dict[str, Any]:
             line = {"type": kind, "token": token, "keyId": "default", "version": version, **fields}
             answer = pipeline.session(Peer(1, "tcp")).serve(json.dumps(line).encode())
-            reply: dict[str, Any] = json.loads(answer if isinstance(answer, bytes) else await answer())
+            reply: dict[str, Any] = json.loads(await answered(answer))
             return reply
 
         assert (await ask("DisableVersion", 1, forSeconds=60))["status"] == "ok"
@@ -204,8 +204,7 @@ async def test_many_at_once_do_not_pass_a_limit_together(tmp_path: Path) -> None
     async def create(number: int) -> None:
         line = {"type": "CreateKeyGroup", "token": "t", "keyId": f"g{number}"}
         answer = pipeline.session(Peer(number, "tcp")).serve(json.dumps(line).encode())
-        assert not isinstance(answer, bytes)
-        codes.append(json.loads(await answer()).get("errorCode", "ok"))
+        codes.append(json.loads(await answered(answer)).get("errorCode", "ok"))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(actor.run)

@@ -18,13 +18,13 @@ from kms.errors import AuditLogError, UnavailableError
 from kms.limits import USAGE_FLUSH_SECONDS
 from kms.service.audit_keeper import AuditKeeper
 from kms.service.usage import Usage
-from kms_tests.in_memory import ADMIN, API, NO_AUDIT, PEER, Server, no_audit, text
+from kms_tests.in_memory import ADMIN, API, NO_AUDIT, PEER, Server, answered, no_audit, text
 
 
 async def ask(server: Server, kind: str, token: str = API, **fields: Any) -> dict[str, Any]:
     """As `Server.ask`, for what waits on the way."""
     answer = server.pipeline.session(PEER).serve(json.dumps({"type": kind, "token": token, **fields}).encode())
-    return dict(json.loads(answer if isinstance(answer, bytes) else await answer()))
+    return dict(json.loads(await answered(answer)))
 
 
 def audited(directory: Path) -> AuditKeeper:

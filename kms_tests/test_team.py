@@ -23,7 +23,7 @@ from kms.service.audit_trail import AuditTrail
 from kms.service.served import Peer
 from kms.service.service import ServedKeyring, Service
 from kms.service.team import Access, AccessSource, TeamAuthenticator
-from kms_tests.in_memory import ADMIN, API, SHARED, Server, no_audit, text, usage_of
+from kms_tests.in_memory import ADMIN, API, SHARED, Server, answered, no_audit, text, usage_of
 from kms_tests.test_actor import Store
 from kms_tests.test_audit_trail import Log
 
@@ -400,7 +400,7 @@ async def test_a_mutation_is_authorized_again_when_the_actor_takes_it_up(team: T
     async def ask(kind: str, token: str, key: str) -> None:
         later = service.pipeline.session(TCP).serve(json.dumps({"type": kind, "token": token, "keyId": key}).encode())
         assert not isinstance(later, bytes)
-        replies.append(json.loads(await later()))
+        replies.append(json.loads(await answered(later)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(actor.run)
@@ -438,7 +438,7 @@ async def test_a_token_that_expires_while_its_mutation_waits_comes_too_late(team
     replies: list[dict[str, Any]] = []
 
     async def ask() -> None:
-        replies.append(json.loads(await later()))
+        replies.append(json.loads(await answered(later)))
 
     async with trio.open_nursery() as nursery:
         nursery.start_soon(ask)

@@ -24,7 +24,7 @@ from kms.service.local_provider import LocalMasterKeyProvider
 from kms.service.pipeline import RequestPipeline
 from kms.service.trials import ScheduleAuthenticator, Trials
 from kms.service.usage import Usage
-from kms_tests.in_memory import ADMIN, API, PEER, Only, Server
+from kms_tests.in_memory import ADMIN, API, PEER, Only, Server, answered
 from kms_tests.test_audit_trail import Log
 
 START = 1_800_000_000
@@ -78,7 +78,7 @@ class World(Server):
     async def wire(self, kind: str, token: str = ADMIN, **fields: Any) -> dict[str, Any]:
         session = self.pipeline.session(PEER)
         answer = session.serve(json.dumps({"type": kind, "token": token, **fields}).encode())
-        reply = answer if isinstance(answer, bytes) else await answer()
+        reply = await answered(answer)
         instead = session.commit()
         return dict(json.loads(reply if instead is None else instead))
 

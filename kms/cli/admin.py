@@ -112,7 +112,7 @@ def command(
 def list_keys(settings: Settings, *, usage: bool) -> None:
     """List the key groups and their versions."""
     with connected(settings, ADMIN) as (client, _):
-        groups = client.list_key_groups(usage=usage)
+        groups = list(client.iter_key_groups(usage=usage))
     if settings.json:
         render.document(keyGroups=groups)
     else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import Self
@@ -16,7 +16,7 @@ from kms.client.known_server import KnownServer, has_not_spoken, loopback, pause
 from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, closed, refused, silent
 from kms.errors import ServerUnreachableError
-from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, REPLY_TIMEOUT, THROTTLE_PATIENCE
+from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_LIST_LIMIT, REPLY_TIMEOUT, THROTTLE_PATIENCE
 from kms.wire.messages import KeyGroupView
 
 
@@ -174,6 +174,19 @@ class AsyncKmsClient:
     async def list_key_groups(self, *, usage: bool = False) -> list[KeyGroupView]:
         """As `KmsClient.list_key_groups`."""
         return await self._one(self._requests.list_key_groups(usage))
+
+    async def iter_key_groups(
+        self, *, usage: bool = False, page_size: int = MAX_LIST_LIMIT
+    ) -> AsyncGenerator[KeyGroupView, None]:
+        """As `KmsClient.iter_key_groups`: `async for group in client.iter_key_groups()`."""
+        token: str | None = None
+        while True:
+            page = await self._one(self._requests.page_of_key_groups(usage, page_size, token))
+            for group in page.groups:
+                yield group
+            token = page.next_token
+            if token is None:
+                return
 
     async def describe_key_group(self, key_id: str) -> KeyGroupView:
         """As `KmsClient.describe_key_group`."""

@@ -7,7 +7,7 @@ import select
 import socket
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Self
 
@@ -15,7 +15,7 @@ from kms.client.known_server import KnownServer, has_not_spoken, loopback, pause
 from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, closed, refused, silent
 from kms.errors import ServerUnreachableError
-from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, REPLY_TIMEOUT, THROTTLE_PATIENCE
+from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_LIST_LIMIT, REPLY_TIMEOUT, THROTTLE_PATIENCE
 from kms.wire.messages import KeyGroupView
 
 
@@ -187,6 +187,19 @@ class KmsClient:
     def list_key_groups(self, *, usage: bool = False) -> list[KeyGroupView]:
         """All key groups with their versions; with `usage`, also how each is used, where the caller may know."""
         return self._one(self._requests.list_key_groups(usage))
+
+    def iter_key_groups(self, *, usage: bool = False, page_size: int = MAX_LIST_LIMIT) -> Iterator[KeyGroupView]:
+        """The same one by one. They are asked for in pages of at most `page_size` (1 to 1000), each when it is needed.
+
+        The client may be used meanwhile. A key group that is made meanwhile may be among them.
+        """
+        token: str | None = None
+        while True:
+            page = self._one(self._requests.page_of_key_groups(usage, page_size, token))
+            yield from page.groups
+            token = page.next_token
+            if token is None:
+                return
 
     def describe_key_group(self, key_id: str) -> KeyGroupView:
         """One key group with its versions, how each is used, and who was refused one that is disabled for a time."""

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Generic, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 import msgspec
 
@@ -82,6 +82,13 @@ class DataKey:
 
     plaintext: bytes = field(repr=False)
     wrapped: bytes
+
+
+class Page(NamedTuple):
+    """Some key groups, and what to ask for those after them with; None at the end of the list."""
+
+    groups: list[KeyGroupView]
+    next_token: str | None
 
 
 @dataclass(frozen=True)
@@ -147,6 +154,14 @@ class Requests:
 
     def list_key_groups(self, usage: bool) -> Call[list[KeyGroupView]]:  # noqa: FBT001 - what `KmsClient` calls by name
         return self._call(ListKeyGroups(usage=usage), _key_groups)
+
+    def page_of_key_groups(
+        self,
+        usage: bool,  # noqa: FBT001 - what `KmsClient` calls by name
+        page_size: int,
+        next_token: str | None,
+    ) -> Call[Page]:
+        return self._call(ListKeyGroups(usage=usage, limit=page_size, next_token=next_token), partial(_page, next_token))
 
     def describe_key_group(self, key_id: str) -> Call[KeyGroupView]:
         return self._call(DescribeKeyGroup(key_id=key_id), _key_group)
@@ -326,6 +341,14 @@ def _key_group(request_id: str | None, line: bytes) -> KeyGroupView:
 
 def _key_groups(request_id: str | None, line: bytes) -> list[KeyGroupView]:
     return _decoded(_key_groups_decoder, request_id, line).key_groups
+
+
+def _page(asked_with: str | None, request_id: str | None, line: bytes) -> Page:
+    # A server that knows no pages sends the whole list.
+    reply = _decoded(_key_groups_decoder, request_id, line)
+    if reply.next_token is not None and (reply.next_token == asked_with or not reply.key_groups):
+        raise ProtocolError("the server's list of key groups does not come to an end")
+    return Page(reply.key_groups, reply.next_token)
 
 
 _detail_decoder: Final[msgspec.json.Decoder[DetailReply | ErrorReply]] = msgspec.json.Decoder(DetailReply | ErrorReply)

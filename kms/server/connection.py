@@ -17,6 +17,7 @@ Rules:
 - a connection whose first byte begins no JSON is closed without a word: it speaks another protocol, HTTP perhaps, in which
   a web page can have lines of ours in the body of a request;
 - who shows no right token does not earn a new idle time, and is cut off after MAX_REJECTIONS requests in a row;
+- a list is sent as it is made, in pieces, and waits for its client no longer than other replies do, in all;
 - what one connection makes the server hold is one unfinished frame, one read, and the replies of one turn.
 
 It works on the bare non-blocking socket: `SocketStream` pays a trip through the scheduler for each send that would
@@ -38,7 +39,7 @@ import trio
 
 from kms.limits import IDLE_TIMEOUT, MAX_FRAME_BYTES, MAX_REJECTIONS, READ_BYTES, TURN_REQUESTS, WRITE_TIMEOUT
 from kms.server.outbox import Outbox
-from kms.service.pipeline import Later, Refusal, Rejection
+from kms.service.pipeline import Later, Refusal, Rejection, Streamed
 from kms.service.served import Turn
 from kms.wire.framing import Framer
 
@@ -202,7 +203,7 @@ class Connection:
         """The same for a rejection, and for a reply that waits for the disk."""
         if not isinstance(reply, bytes):
             self._end_at(math.inf)
-            reply = await reply()
+            reply = await self._finished(await reply())
         self._rejections = self._rejections + 1 if type(reply) is Rejection else 0
         await self._send_replies(reply + b"\n")
 
@@ -216,7 +217,7 @@ class Connection:
                 await self._send_replies(replies)
                 replies.clear()
                 self._end_at(math.inf)
-                reply = await reply()
+                reply = await self._finished(await reply())
             replies += reply
             replies += b"\n"
             if type(reply) is Rejection:
@@ -234,6 +235,24 @@ class Connection:
                 self._end_at(math.inf)
                 await trio.lowlevel.checkpoint()
         await self._send_replies(replies)
+
+    async def _finished(self, reply: bytes | Streamed) -> bytes:
+        """What is still to be sent of `reply` as a whole: all of it, or the end of one that is made while it is sent."""
+        if isinstance(reply, bytes):
+            return reply
+        instead = self._session.commit()
+        if instead is not None:
+            return instead.removesuffix(b"\n")
+        # What its client may keep us waiting is for the whole, as for any other reply.
+        left, ready = self._bounds.write_timeout, b""
+        async with contextlib.aclosing(reply.pieces()) as pieces:
+            async for piece in pieces:
+                if ready and (sent := self._send_now(ready)) < len(ready):
+                    began = self._clock()
+                    await self._send_rest(ready, sent, left)
+                    left -= self._clock() - began
+                ready = piece
+        return ready
 
     async def _serve_large(self, frame: bytes) -> bytes | Later:
         self._end_at(math.inf)
@@ -283,8 +302,8 @@ class Connection:
         except BlockingIOError:
             return 0
 
-    async def _send_rest(self, data: bytes | bytearray, sent: int) -> None:
-        self._end_at(self._clock() + self._bounds.write_timeout)
+    async def _send_rest(self, data: bytes | bytearray, sent: int, within: float | None = None) -> None:
+        self._end_at(self._clock() + (self._bounds.write_timeout if within is None else within))
         with memoryview(data) as rest:
             while sent < len(rest):
                 await trio.lowlevel.wait_writable(self._sock)

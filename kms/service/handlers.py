@@ -7,22 +7,19 @@ request comes need not be any more when its change is made, and a list shows onl
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, Final, Protocol
-
-import trio
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
 
 from kms.core import ciphertext
-from kms.core.keyring import KeyGroup
-from kms.core.policy import Operation
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
+from kms.service.listing import Listing, Reader, view
 from kms.wire import messages
 from kms.wire.messages import Reply, Request, group_of
 
 
-class Caller(Protocol):
+class Caller(Reader, Protocol):
     """Who asks for an operation of the control plane."""
 
     def permit(self) -> None:
@@ -39,23 +36,15 @@ class Caller(Protocol):
         """How many versions the principal may have disabled for a time at once; None for any number."""
         ...
 
-    def allowed(self, operation: Operation, groups: Sequence[KeyGroup]) -> list[KeyGroup]:
-        """Those of `groups` on which the principal may use `operation`."""
-        ...
-
 
 DataHandler = Callable[[Any], Reply]
-ControlHandler = Callable[[Any, Caller], Awaitable[Reply]]
+ControlHandler = Callable[[Any, Caller], Awaitable[Reply | Listing]]
 """From a request of its own kind. `Any`, since the tables below are keyed by that kind."""
 
 _DECRYPT_OVERHEAD_BYTES = 128 + 4 * MAX_REQUEST_ID_CHARACTERS
 """The JSON around the values of a Decrypt request, base64's padding and a requestId, with room for spaces."""
 
-_PIECE: Final = 200
-"""Groups or versions that are put into a reply before others have their turn: some 0.2 ms."""
-
 _HEALTHY = messages.DetailReply("ok")
-_DESCRIBE = Operation.DESCRIBE_KEY_GROUP
 
 
 class Handlers:
@@ -133,38 +122,19 @@ class Handlers:
         return messages.CiphertextReply(sealed)
 
     async def create_key_group(self, request: messages.CreateKeyGroup, caller: Caller) -> Reply:
-        return messages.KeyGroupReply(await _view(await self._keyring.create_group(_named(request.key_id), caller.permit)))
+        return messages.KeyGroupReply(await view(await self._keyring.create_group(_named(request.key_id), caller.permit)))
 
     async def rotate_key_group(self, request: messages.RotateKeyGroup, caller: Caller) -> Reply:
-        return messages.KeyGroupReply(await _view(await self._keyring.rotate_group(_named(request.key_id), caller.permit)))
+        return messages.KeyGroupReply(await view(await self._keyring.rotate_group(_named(request.key_id), caller.permit)))
 
-    async def list_key_groups(self, request: messages.ListKeyGroups, caller: Caller) -> Reply:
-        groups = self._keyring.list_groups()
-        views: list[messages.KeyGroupView] = []
-        for start in range(0, len(groups), _PIECE):
-            if start:
-                # A list may be of a hundred thousand groups: others have their turn meanwhile.
-                await trio.lowlevel.checkpoint()
-            allowed = caller.allowed(Operation.LIST_KEY_GROUPS, groups[start : start + _PIECE])
-            described = {group.key_id for group in caller.allowed(_DESCRIBE, allowed)} if request.usage else ()
-            views += [
-                await self._view_with_usage(group) if group.key_id in described else await _view(group) for group in allowed
-            ]
-        return messages.KeyGroupsReply(views)
+    async def list_key_groups(self, request: messages.ListKeyGroups, caller: Caller) -> Listing:
+        return Listing(request, self._keyring.list_groups(), caller, self._usage)
 
     async def describe_key_group(self, request: messages.DescribeKeyGroup, caller: Caller) -> Reply:
         group = self._keyring.find_group(_named(request.key_id))
         if group is None:
             raise InvalidRequestError("keyId: no such key group")
-        return messages.KeyGroupReply(await self._view_with_usage(group))
-
-    async def _view_with_usage(self, group: KeyGroup) -> messages.KeyGroupView:
-        view = await _view(group)
-        for number, (shown, version) in enumerate(zip(view.versions, group.versions.values(), strict=True), 1):
-            shown.usage = self._usage.usage_of(version)
-            if number % _PIECE == 0:
-                await trio.lowlevel.checkpoint()
-        return view
+        return messages.KeyGroupReply(await view(group, self._usage))
 
     async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:
         group, version, seconds = _named(request.key_id), request.version, request.for_seconds
@@ -193,12 +163,3 @@ def _named(key_id: str) -> str:
 
 def _changed(request: messages.VersionRequest, what: str) -> Reply:
     return messages.DetailReply(f"{request.key_id} v{request.version} {what}")
-
-
-async def _view(group: KeyGroup) -> messages.KeyGroupView:
-    versions: list[messages.VersionView] = []
-    for number, version in enumerate(group.versions.values(), 1):
-        versions.append(messages.VersionView(version.version, version.status.value, version.created_at))
-        if number % _PIECE == 0:
-            await trio.lowlevel.checkpoint()
-    return messages.KeyGroupView(group.key_id, group.active.version, versions)

@@ -15,7 +15,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from contextlib import aclosing
 from functools import partial
 from time import perf_counter
 from typing import Final
@@ -31,20 +32,50 @@ from kms.service.authorization import authorize
 from kms.service.bugs import log_bug
 from kms.service.event import Event
 from kms.service.handlers import Handlers
+from kms.service.listing import Listing
 from kms.service.quotas import Limits, Quotas
 from kms.service.refusals import Refusals
 from kms.service.served import Observer, Peer, Served, Turn, UsageCounter, bounded_name
-from kms.wire.messages import ErrorReply, Reply, Request, UndecodableRequestError, decode_request, encode, presented
+from kms.wire.messages import (
+    ErrorReply,
+    KeyGroupsReply,
+    Reply,
+    Request,
+    UndecodableRequestError,
+    decode_request,
+    encode,
+    presented,
+)
 
 log: Final = logging.getLogger("kms.audit")
 
+_SOME_LIST: Final = KeyGroupsReply([])
+"""For the record, and whoever watches, in the place of one that is not made yet."""
 _NO_LIMITS: Final[Mapping[str, Limits]] = {}
 
 _DATA: Final = Plane.DATA
 _HEALTH: Final = Operation.HEALTH
 """Looked up through its class, a member of an enum takes 0.1 us on Python 3.11."""
 
-Later = Callable[[], Awaitable[bytes]]
+
+class Streamed:
+    """A reply that is made while it is sent, which may begin once `Session.commit` has put it on record."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+
+    async def pieces(self) -> AsyncGenerator[bytes, None]:
+        """Its line, without the end. Raises `ConnectionAbortedError` where it cannot be finished."""
+        try:
+            async with aclosing(self._listing.pieces()) as pieces:
+                async for piece in pieces:
+                    yield piece
+        except Exception as error:
+            log_bug("unexpected error in a list", error)
+            raise ConnectionAbortedError from None
+
+
+Later = Callable[[], Awaitable[bytes | Streamed]]
 """A reply that may wait for the disk. Nothing of it has begun until it is called, so it may be dropped until then."""
 
 
@@ -189,7 +220,7 @@ class Session:
         turn, self.turn = self.turn, []
         return turn
 
-    async def _serve_control(self, number: int, request: Request, began: float) -> bytes:
+    async def _serve_control(self, number: int, request: Request, began: float) -> bytes | Streamed:
         pipeline = self._pipeline
         caller = _Caller(pipeline, number, request, self._peer)
         try:
@@ -198,13 +229,17 @@ class Session:
         except Exception as error:
             caller.take_back()
             return self._failed(number, request, caller.principal, error, began, has_begun=caller.has_begun)
+        listing = reply if isinstance(reply, Listing) else None
+        if isinstance(reply, Listing):
+            reply = _SOME_LIST
         if request.request_id is not None:
             reply = _named(reply, request.request_id)
         served = Served(
             self._peer, number, request, type(request), caller.principal, reply, None, began, request.request_id
         )
         self._pipeline.record(served)
-        return self._answer(served, reply, has_begun=caller.has_begun)
+        line = self._answer(served, reply, has_begun=caller.has_begun)
+        return line if listing is None else Streamed(listing)
 
     def frame_too_large(self, limit: int) -> bytes:
         """The reply to a line over the limit, after which the connection is closed."""

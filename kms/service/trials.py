@@ -208,9 +208,10 @@ class Trials:
 async def _enable(session: Session, name: VersionName) -> str | None:
     """Ask for it as a client would; why it was refused, or None."""
     group, version = name
-    answer = session.serve(encode(EnableVersion(key_id=group, version=version)))
+    later = session.serve(encode(EnableVersion(key_id=group, version=version)))
+    answer = later if isinstance(later, bytes) else await later()
     if not isinstance(answer, bytes):
-        answer = await answer()
+        raise TypeError("to enable a version is not answered with a list")
     instead = session.commit()
     reply = _replies.decode(answer if instead is None else instead)
     return reply.message if isinstance(reply, ErrorReply) else None

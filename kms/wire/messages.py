@@ -19,7 +19,14 @@ from msgspec import Meta, Struct
 from kms.core.policy import Operation, Plane
 from kms.core.usage import VersionUsage
 from kms.errors import InvalidRequestError
-from kms.limits import DEFAULT_KEY_GROUP, MAX_NESTING, MAX_REQUEST_ID_CHARACTERS, MAX_TIMED_DISABLE_SECONDS, MAX_VERSION
+from kms.limits import (
+    DEFAULT_KEY_GROUP,
+    MAX_LIST_LIMIT,
+    MAX_NESTING,
+    MAX_REQUEST_ID_CHARACTERS,
+    MAX_TIMED_DISABLE_SECONDS,
+    MAX_VERSION,
+)
 
 Version = Annotated[int, Meta(ge=1, le=MAX_VERSION)]
 
@@ -98,11 +105,16 @@ class RotateKeyGroup(GroupRequest, tag="RotateKeyGroup"):
     operation: ClassVar[Operation] = Operation.ROTATE_KEY_GROUP
 
 
-class ListKeyGroups(ControlRequest, tag="ListKeyGroups", kw_only=True):
-    """With `usage`, also how the versions are used, of groups that the caller may describe."""
+class ListKeyGroups(ControlRequest, tag="ListKeyGroups", rename="camel", kw_only=True):
+    """With `usage`, also how the versions are used, of groups that the caller may describe.
+
+    With `limit` a page, of at most so many groups, after the one that ended with `next_token`.
+    """
 
     operation: ClassVar[Operation] = Operation.LIST_KEY_GROUPS
     usage: bool = False
+    limit: Annotated[int, Meta(ge=1, le=MAX_LIST_LIMIT)] | None = None
+    next_token: str | None = None
 
 
 class DescribeKeyGroup(GroupRequest, tag="DescribeKeyGroup"):
@@ -192,7 +204,10 @@ class KeyGroupReply(Reply, tag="ok", rename="camel"):
 
 
 class KeyGroupsReply(Reply, tag="ok", rename="camel"):
+    """With `next_token` there are more, for who asks for them with it."""
+
     key_groups: list[KeyGroupView]
+    next_token: str | None = None
 
 
 class ErrorReply(Reply, tag="error", rename="camel"):
@@ -231,6 +246,15 @@ _request_types: Final[dict[str, type[Request]]] = {kind.__struct_config__.tag: k
 
 encode = _encoder.encode
 """A request or reply as one JSON line, without its line end."""
+
+
+LIST_START: Final = encode(KeyGroupsReply([])).removesuffix(b"]}")
+"""What a `KeyGroupsReply` has before its groups, which are encoded one by one, with commas between them."""
+
+
+def list_end(next_token: str | None, request_id: str | None) -> bytes:
+    """What it has after them."""
+    return encode(KeyGroupsReply([], next_token, request_id=request_id)).removeprefix(LIST_START)
 
 
 class UndecodableRequestError(Exception):

@@ -52,7 +52,7 @@ from kms.service.audit_settings import AuditSettings
 from kms.service.authentication import Authenticator
 from kms.service.handlers import Handlers
 from kms.service.local_provider import LocalMasterKeyProvider
-from kms.service.pipeline import RequestPipeline
+from kms.service.pipeline import RequestPipeline, Streamed
 from kms.service.principals import parse as parse_principals
 from kms.service.served import Peer
 from kms.service.usage import Usage
@@ -203,12 +203,13 @@ def check_long_line(data: bytes) -> None:
     _check_line(stretch(data).replace(b"\n", b" "))
 
 
-def _at_once(answer: Awaitable[bytes]) -> bytes:
+def _at_once(answer: Awaitable[bytes | Streamed]) -> bytes:
     """The answer of the control plane to someone without its token, which waits for nothing."""
     step = answer.__await__()
     try:
         next(step)
     except StopIteration as stop:
+        _require(isinstance(stop.value, bytes), "a stranger is shown a list")
         return bytes(stop.value)
     raise IllegalError("a stranger's request waits for the disk")
 
