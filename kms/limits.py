@@ -153,7 +153,7 @@ AUDIT_ROTATION_TIME: Final = 10.0
 MAX_KEPT_RECORDS: Final = MAX_CONNECTIONS_CEILING
 """Outcomes of changes of keys that wait for a log that can be written: each connection has one under way."""
 MAX_FINDINGS_SHOWN: Final = 20
-"""Of `verify-audit`; the rest are counted."""
+"""Of `verify-audit`, and of what a migrated keystore could not keep; the rest are counted."""
 MAX_KEY_CHANGES: Final = 1000
 """Changes of the passphrase that `verify-audit` goes back over in one log; each keeps a key in memory."""
 

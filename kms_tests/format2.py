@@ -25,6 +25,8 @@ class Version:
     status: str
     created_at: int = 1_700_000_000
     kek: bytes = field(default_factory=lambda: os.urandom(32))
+    is_keyless: bool = False
+    """It was destroyed, whatever its status says now."""
 
 
 @dataclass
@@ -54,7 +56,8 @@ def ciphertext(group: Group, version: Version, plaintext: bytes, aad: bytes) -> 
 def _text(value: str | None) -> bytes:
     if value is None:
         return struct.pack(">i", -1)
-    data = value.encode("utf-8")
+    # Java's getBytes(UTF_8): a question mark for what is no character.
+    data = value.encode("utf-8", "replace")
     return struct.pack(">i", len(data)) + data
 
 
@@ -99,7 +102,9 @@ def tree(groups: list[Group], root: bytes, salt: bytes) -> dict[str, Any]:
                         "status": version.status,
                         "createdAtEpochSec": version.created_at,
                         "wrappedKekBase64": (
-                            None if version.status == "DESTROYED" else _base64(envelope(root, version.kek))
+                            None
+                            if version.status == "DESTROYED" or version.is_keyless
+                            else _base64(envelope(root, version.kek))
                         ),
                     }
                     for version in group.versions
@@ -120,4 +125,6 @@ def write(groups: list[Group], passphrase: str, salt: bytes | None = None) -> by
 
 def encode(made: dict[str, Any]) -> bytes:
     """The tree as JSON text without insignificant white space, so that each of its bytes means something."""
-    return json.dumps(made, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
+    text = json.dumps(made, ensure_ascii=False, separators=(",", ":"))
+    # Half of a surrogate pair stands there as an escape.
+    return text.encode("utf-8", "backslashreplace")

@@ -436,7 +436,9 @@ def change_passphrase(
         new_file = Path(new_passphrase_file) if new_passphrase_file else None
         with prompt.obtain("new passphrase", "MINIKMS_NEW_PASSPHRASE", new_file, "--new-passphrase-file", new=True) as new:
             log = config.audit.path if is_kept(config.audit.path) else None
-            file.change_passphrase(lock, old, new, parameters=KdfParameters(), audit_log=log)
+            notes = file.change_passphrase(lock, old, new, parameters=KdfParameters(), audit_log=log)
+    for note in notes:
+        render.remark(f"keystore of the Java server: {note}")
     _show_detail(settings, "passphrase changed")
 
 

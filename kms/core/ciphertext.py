@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from kms.core.envelope import OVERHEAD_BYTES
+from kms.core.names import is_nameable
 from kms.errors import DecryptionFailedError
-from kms.limits import MAX_GROUP_NAME_BYTES, MAX_VERSION
+from kms.limits import MAX_VERSION
 
 FORMAT: Final = 2
 
@@ -26,13 +27,17 @@ class Ciphertext(NamedTuple):
 
 
 def header(group: str, version: int) -> bytes:
-    """What stands in front of every envelope under this key. Raises `ValueError` for an impossible name or number."""
+    """What stands in front of every envelope under this key. Raises `ValueError` for an impossible name or number.
+
+    No ciphertext can hold a name of more than 255 bytes, which a migrated keystore may have. Its header has the length 0,
+    so that it is like no other's, and nothing that `group` would read.
+    """
     name = group.encode("utf-8")
-    if not 1 <= len(name) <= MAX_GROUP_NAME_BYTES:
-        raise ValueError("a group name has 1 to 255 bytes")
+    if not name:
+        raise ValueError("a group name is not empty")
     if not 1 <= version <= MAX_VERSION:
         raise ValueError("a version is 1 to 2^63-1")
-    return bytes((FORMAT, len(name))) + name + version.to_bytes(8, "big")
+    return bytes((FORMAT, len(name) if is_nameable(group) else 0)) + name + version.to_bytes(8, "big")
 
 
 def header_of(blob: bytes) -> bytes:

@@ -17,7 +17,6 @@ A transition that changes nothing returns the very same group, so that nobody sa
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -25,10 +24,9 @@ from typing import Final, NamedTuple
 
 from kms.core import ciphertext
 from kms.core.envelope import EnvelopeKey
+from kms.core.names import check_new_name
 from kms.errors import InvalidRequestError
-from kms.limits import MAX_GROUP_NAME_BYTES, MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
-
-_GROUP_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
 
 
 class VersionStatus(StrEnum):
@@ -140,17 +138,6 @@ class DestroyVersion:
 
 Command = CreateGroup | RotateGroup | DisableVersion | EnableVersion | DestroyVersion
 EMPTY: Final = Keyring(generation=0, groups={})
-
-
-def check_new_name(name: str) -> None:
-    """Raise `InvalidRequestError` unless `name` may be given to a group made here."""
-    if _GROUP_NAME.fullmatch(name) is None:
-        raise InvalidRequestError("keyId: a name has 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit")
-
-
-def is_possible_name(name: str) -> bool:
-    """Whether a keystore may hold this name: any non-blank one of up to 255 bytes, since migrated names keep working."""
-    return bool(name.strip()) and len(name.encode("utf-8", "replace")) <= MAX_GROUP_NAME_BYTES
 
 
 def apply(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> Keyring:

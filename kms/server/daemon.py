@@ -39,7 +39,8 @@ from kms.service.team import Access, AccessSource
 from kms.service.usage import Usage
 from kms.service.usage import load as load_usage
 from kms.storage import usage_file
-from kms.storage.file import Keystore, KeystoreLock, initialise, load
+from kms.storage.audit_log import is_kept
+from kms.storage.file import Keystore, KeystoreLock, initialise, load, raise_costs
 
 if TYPE_CHECKING:
     from kms.server.metrics_listener import MetricsListener
@@ -95,7 +96,7 @@ async def _main(
         meters = _meters(config)
         lock = KeystoreLock(config.keystore)
         with lock:
-            keystore, keyring = await trio.to_thread.run_sync(_unlock, lock, passphrase, say, makes_with)
+            keystore, keyring = await trio.to_thread.run_sync(_unlock, config, lock, passphrase, say, makes_with)
             passphrase.wipe()
             try:
                 service = await _service(config, keystore, keyring, access, meters)
@@ -108,9 +109,16 @@ async def _main(
                 keystore.wipe()
 
 
-def _unlock(lock: KeystoreLock, passphrase: Secret, say: Say, makes_with: KdfParameters | None) -> tuple[Keystore, Keyring]:
+def _unlock(
+    config: ServerConfig, lock: KeystoreLock, passphrase: Secret, say: Say, makes_with: KdfParameters | None
+) -> tuple[Keystore, Keyring]:
     if makes_with is None or os.path.lexists(lock.keystore):
-        return load(lock, passphrase)
+        log = config.audit.path if is_kept(config.audit.path) else None
+        notes = raise_costs(lock, passphrase, parameters=KdfParameters(), audit_log=log)
+        keystore, keyring = load(lock, passphrase)
+        for note in [*notes, *keystore.notes]:
+            say(f"keystore of the Java server: {note}")
+        return keystore, keyring
     say(f"making a new keystore at {lock.keystore}")
     return initialise(lock, passphrase, now=int(time.time()), parameters=makes_with)
 

@@ -20,11 +20,12 @@ from typing import Any, Final, Protocol
 
 from kms.core import ciphertext
 from kms.core.audit import EventRecord, OperationRecord, Record
+from kms.core.names import shown
 from kms.core.policy import Plane, Principal
 from kms.errors import DecryptionFailedError, UnavailableError
 from kms.service.audit_settings import DataAudit
 from kms.service.refusals import Kind, Refusals
-from kms.service.served import Peer, Served, Turn, bounded_name
+from kms.service.served import Peer, Served, Turn
 from kms.wire.messages import (
     CiphertextReply,
     CreateKeyGroup,
@@ -215,12 +216,12 @@ _NO_KEY: Final[_Key] = (None, None, None, None)
 
 def _key_of_encrypt(request: Encrypt, reply: CiphertextReply | None) -> _Key:
     version = None if reply is None else ciphertext.version_of(reply.ciphertext)
-    return bounded_name(group_of(request.key_id)), version, None, None
+    return shown(group_of(request.key_id)), version, None, None
 
 
 def _key_of_data_key(request: GenerateDataKey, reply: DataKeyReply | None) -> _Key:
     version = None if reply is None else ciphertext.version_of(reply.wrapped_data_key)
-    return bounded_name(group_of(request.key_id)), version, None, None
+    return shown(group_of(request.key_id)), version, None, None
 
 
 def _key_of_decrypt(request: Decrypt, reply: Reply | None) -> _Key:
@@ -229,7 +230,7 @@ def _key_of_decrypt(request: Decrypt, reply: Reply | None) -> _Key:
 
 def _key_of_re_encrypt(request: ReEncrypt, reply: CiphertextReply | None) -> _Key:
     version = None if reply is None else ciphertext.version_of(reply.ciphertext)
-    return bounded_name(group_of(request.key_id)), version, *_claimed(request.ciphertext)
+    return shown(group_of(request.key_id)), version, *_claimed(request.ciphertext)
 
 
 def _claimed(blob: bytes) -> tuple[str | None, int | None]:
@@ -240,11 +241,11 @@ def _claimed(blob: bytes) -> tuple[str | None, int | None]:
 
 
 def _key_of_group(request: GroupRequest, reply: KeyGroupReply | None) -> _Key:
-    return bounded_name(request.key_id), None if reply is None else reply.key_group.active_version, None, None
+    return shown(request.key_id), None if reply is None else reply.key_group.active_version, None, None
 
 
 def _key_of_version(request: VersionRequest, reply: Reply | None) -> _Key:
-    return bounded_name(request.key_id), request.version, None, None
+    return shown(request.key_id), request.version, None, None
 
 
 def _no_key(request: Request, reply: Reply | None) -> _Key:

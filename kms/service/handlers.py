@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from kms.core import ciphertext
+from kms.core.names import is_blank
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
@@ -156,7 +157,7 @@ class Handlers:
 
 
 def _named(key_id: str) -> str:
-    if not key_id or key_id.isspace():
+    if is_blank(key_id):
         raise InvalidRequestError("keyId: blank")
     return key_id
 

@@ -22,6 +22,8 @@ class LocalMasterKeyProvider:
         found = self._holder.current.groups.get(group)
         if found is None or found.active.key is None:
             raise InvalidRequestError("keyId: no such key group")
+        if not found.active.ciphertext_header[1]:
+            raise InvalidRequestError("keyId: no ciphertext can hold a name of more than 255 bytes; use another key group")
         return found.active.key.seal(plaintext, aad, found.active.ciphertext_header)
 
     def open(self, ciphertext: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:

@@ -24,6 +24,7 @@ from typing import Final
 from msgspec import structs
 
 from kms.core.keyring import KeyGroup
+from kms.core.names import shown
 from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
 from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, ThrottledError, UnavailableError, WireError
 from kms.service.audit_trail import AuditTrail
@@ -35,7 +36,7 @@ from kms.service.handlers import Handlers
 from kms.service.listing import Listing
 from kms.service.quotas import Limits, Quotas
 from kms.service.refusals import Refusals
-from kms.service.served import Observer, Peer, Served, Turn, UsageCounter, bounded_name
+from kms.service.served import Observer, Peer, Served, Turn, UsageCounter
 from kms.wire.messages import (
     ErrorReply,
     KeyGroupsReply,
@@ -381,7 +382,7 @@ def _event(served: Served) -> Event:
         "transport": served.peer.transport,
         "principal": None if served.principal is None else served.principal.name,
         "operation": None if kind is None else kind.operation.value,
-        "group": None if group is None else bounded_name(group),
+        "group": None if group is None else shown(group),
         "version": None if is_strangers else getattr(request, "version", None),
         "outcome": "ok" if served.error is None else served.error.code,
     }

@@ -15,7 +15,6 @@ from msgspec import Struct
 from kms.core.policy import Principal
 from kms.errors import WireError
 from kms.host.peer import Credentials
-from kms.limits import MAX_GROUP_NAME_BYTES
 from kms.wire.messages import Reply, Request
 
 
@@ -58,18 +57,6 @@ class Served(Struct, frozen=True):
 
     def __repr__(self) -> str:
         return "<Served>"
-
-
-def bounded_name(name: str) -> str:
-    """A group's name as a request has it, cut where no group's is longer: a line of a log must not cost a frame."""
-    if len(name) > MAX_GROUP_NAME_BYTES:
-        name = f"{name[:MAX_GROUP_NAME_BYTES]}..."
-    # What moves a terminal's cursor, or turns its text around, does so to whoever reads the log.
-    return name if name.isprintable() else "".join(one if one.isprintable() else _escaped(one) for one in name)
-
-
-def _escaped(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
 
 
 Turn = list[tuple[bytes, Served | None]]

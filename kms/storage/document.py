@@ -24,7 +24,8 @@ from kms.core import derive
 from kms.core.audit import AuditKeys
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
-from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus, is_possible_name
+from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
+from kms.core.names import is_possible_name
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
 from kms.limits import KEY_BYTES, MAX_VERSION

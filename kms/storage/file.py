@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -168,12 +168,16 @@ class Keystore:
         *,
         root_check: bytes | None = None,
         replaces: bytes | None = None,
+        notes: Sequence[str] = (),
         new_key: KeyFactory = random_key,
     ) -> None:
         """`there` is what the file holds, None where there is none yet.
 
-        `replaces` is a format 2 file that is kept, whole, before the first save puts another in its place.
+        `replaces` is a format 2 file that is kept, whole, before the first save puts another in its place; `notes` is
+        what its reader has to say of it.
         """
+        self.notes: Final = tuple(notes)
+        """What could not be kept as it was when it was opened, for people."""
         self.path = lock.keystore
         self._last_look = _LastLook(lock, there)
         self._header = header
@@ -320,7 +324,7 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
                 keys = RootKeys(root)
                 unless_opened.callback(keys.wipe)
                 keyring = old.open(root, keys.wrap_kek)
-            keystore = Keystore(lock, there, old.header, keys, replaces=raw, new_key=new_key)
+            keystore = Keystore(lock, there, old.header, keys, replaces=raw, notes=old.notes, new_key=new_key)
         else:
             sealed = document.Sealed(raw)
             with sealed.header.derive(passphrase) as root:
@@ -334,10 +338,11 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
 
 def change_passphrase(
     lock: KeystoreLock, old: Secret, new: Secret, *, parameters: KdfParameters, audit_log: Path | None = None
-) -> None:
+) -> Sequence[str]:
     """Wrap every KEK under a new root key, from `new` and a new salt. Groups, versions and states stay as they are.
 
-    The `audit_log`, if there is one, goes on under the new key, and says so.
+    The `audit_log`, if there is one, goes on under the new key, and says so. Returns what could not be kept as it was, for
+    people.
 
     Raises what `load`, `Keystore.save` and opening an `AuditLog` raise. The KDF's costs become `parameters`.
     """
@@ -348,7 +353,8 @@ def change_passphrase(
         with header.derive(new) as new_root:
             new_keys = RootKeys(new_root)
         wipes.callback(new_keys.wipe)
-        replaces = None
+        replaces: bytes | None = None
+        notes: Sequence[str] = ()
         if document.format_version(raw) == legacy.FORMAT:
             replaces = raw
             sealed_v2 = legacy.Sealed(raw)
@@ -356,6 +362,7 @@ def change_passphrase(
                 old_keys = RootKeys(root)
                 wipes.callback(old_keys.wipe)
                 keyring = sealed_v2.open(root, new_keys.wrap_kek)
+            notes = sealed_v2.notes
         else:
             sealed = document.Sealed(raw)
             with sealed.header.derive(old) as root:
@@ -367,6 +374,34 @@ def change_passphrase(
         if audit_log is not None:
             wipes.enter_context(handing_over(audit_log, old_keys.audit, new_keys.audit, generation=keyring.generation))
         Keystore(lock, there, header, new_keys, replaces=replaces).save(keyring.next_generation())
+        return notes
+
+
+def raise_costs(
+    lock: KeystoreLock, passphrase: Secret, *, parameters: KdfParameters, audit_log: Path | None = None
+) -> Sequence[str]:
+    """Migrate a keystore of format 2 whose KDF costs less than `parameters`, to what costs at least that.
+
+    Whoever took a copy of it guesses passphrases at what it cost then; who takes one of this has to pay what is usual
+    today. Nothing is done to format 3, whose costs somebody here has chosen. Returns what was done, for people. Raises
+    what `load` raises; a save that fails leaves all as it is.
+    """
+    raw = read(lock.keystore)
+    if document.format_version(raw) != legacy.FORMAT:
+        return ()
+    found = legacy.Sealed(raw).header.parameters
+    raised = KdfParameters(
+        max(found.memory_kib, parameters.memory_kib), max(found.iterations, parameters.iterations), parameters.parallelism
+    )
+    if (found.memory_kib, found.iterations) == (raised.memory_kib, raised.iterations):
+        return ()
+    weak = f"each guess at its passphrase costs only {found.memory_kib} KiB of memory and {found.iterations} passes"
+    try:
+        notes = change_passphrase(lock, passphrase, passphrase, parameters=raised, audit_log=audit_log)
+    except SaveFailedError as error:
+        return [f"{weak}; that could not be raised: {error}"]
+    strong = f"{raised.memory_kib} KiB and {raised.iterations} passes from now on"
+    return [*notes, f"{weak}: it is {strong}, and as before for the file that is kept as {lock.keystore.name}.v2"]
 
 
 class AuditReader:

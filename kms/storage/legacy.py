@@ -3,11 +3,18 @@
 It differs in what protects it: the root key itself wraps the KEKs (with no AAD) and seals the verification token, and
 the MAC runs over a binary encoding of the fields, binary values as their base64 text. All integers are big-endian;
 `str` is an int32 byte length and UTF-8, null is the int32 -1.
+
+What is authentic opens. That server could write what a keyring here cannot hold: destroyed versions that are enabled or
+disabled, names that no ciphertext can hold, and names that are not UTF-8 text. They become what they can be, and each is
+told.
 """
 
 from __future__ import annotations
 
 import hmac
+import json
+from collections.abc import Sequence
+from itertools import count
 from typing import Final, Literal
 
 import msgspec
@@ -15,9 +22,11 @@ from msgspec import Struct
 
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
-from kms.core.keyring import Keyring
+from kms.core.keyring import Keyring, VersionStatus
+from kms.core.names import is_nameable, shown, without_surrogates
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
+from kms.limits import MAX_FINDINGS_SHOWN
 from kms.storage.document import (
     ALTERED,
     WRONG_PASSPHRASE,
@@ -62,6 +71,24 @@ class _Document(Struct, forbid_unknown_fields=True):
 
 
 _decoder: Final = msgspec.json.Decoder(_Document)
+_UNDONE: Final = (VersionStatus.ENABLED, VersionStatus.DISABLED)
+
+
+def _decoded(raw: bytes) -> _Document:
+    try:
+        return decode_json(raw, _decoder)
+    except KeystoreError:
+        if b"\\u" not in raw:
+            raise
+    # A Java string may hold half of a surrogate pair, which msgspec refuses, as it is no character.
+    try:
+        return msgspec.convert(json.loads(raw.decode("utf-8"), parse_constant=_refuse), _Document)
+    except (ValueError, RecursionError, msgspec.ValidationError):
+        raise KeystoreError(ALTERED) from None
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(constant)
 
 
 class Sealed:
@@ -69,10 +96,23 @@ class Sealed:
 
     def __init__(self, raw: bytes) -> None:
         """Raises `KeystoreError` when `raw` is not of the format, or asks for an impossible key derivation."""
-        document = self._document = decode_json(raw, _decoder)
+        document = self._document = _decoded(raw)
         parameters = KdfParameters(document.argonMemoryKiB, document.argonIterations, document.argonParallelism)
         parameters.check()
         self.header = KdfHeader(parameters, from_text(document.saltBase64))
+        self._notes: list[str] = []
+        self._unsaid = 0
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What `open` could not keep as it was, for people."""
+        return [*self._notes, f"and {self._unsaid} more"] if self._unsaid else self._notes
+
+    def _note(self, text: str) -> None:
+        if len(self._notes) < MAX_FINDINGS_SHOWN:
+            self._notes.append(text)
+        else:
+            self._unsaid += 1
 
     def authenticate(self, root: Secret) -> EnvelopeKey:
         """The root key, ready to open what is under it. Raises `WrongPassphraseError`, or `KeystoreError` for its MAC."""
@@ -94,24 +134,40 @@ class Sealed:
         """
         document = self._document
         root_key = self.authenticate(root)
-        groups = (
+        taken = {group.id for group in document.keyGroups}
+        groups = [
             StoredGroup(
-                group.id,
+                self._name(group.id, taken),
                 min((v.createdAtEpochSec for v in group.versions), default=0),
                 group.activeVersion,
-                tuple(
-                    StoredVersion(
-                        v.version,
-                        v.status,
-                        v.createdAtEpochSec,
-                        None if v.wrappedKekBase64 is None else from_text(v.wrappedKekBase64),
-                    )
-                    for v in group.versions
-                ),
+                tuple(self._version(group.id, version) for version in group.versions),
             )
             for group in document.keyGroups
-        )
+        ]
         return build_keyring(0, groups, lambda _group, _version, wrapped: root_key.open_secret(wrapped, b""), rewrap)
+
+    def _name(self, name: str, taken: set[str]) -> str:
+        """What the group `name` is called here, where a ciphertext or a file cannot hold it as it is."""
+        usual = without_surrogates(name)
+        if usual != name:
+            if usual in taken:
+                usual = next(other for number in count(2) if (other := f"{usual}-{number}") not in taken)
+            taken.add(usual)
+            self._note(f"the name of a key group holds half a character: it is called {shown(usual)} from now on")
+        if not is_nameable(usual):
+            self._note(
+                f"the key group {shown(usual)} has a name of more than 255 bytes, which no ciphertext can hold: "
+                "nothing can be encrypted under it"
+            )
+        return usual
+
+    def _version(self, group: str, version: _Version) -> StoredVersion:
+        status, text = version.status, version.wrappedKekBase64
+        if text is None and status in _UNDONE:
+            # That server let a destroyed version be disabled and enabled, which gave it no key again.
+            status = VersionStatus.DESTROYED
+            self._note(f"{shown(group)} v{version.version} is {version.status} and has no key: it was destroyed")
+        return StoredVersion(version.version, status, version.createdAtEpochSec, None if text is None else from_text(text))
 
 
 def _mac(root: Secret, document: _Document) -> bytes:
@@ -161,5 +217,6 @@ def _signed(value: int, width: int) -> bytes:
 def _str(text: str | None) -> bytes:
     if text is None:
         return _int32(-1)
-    encoded = text.encode("utf-8")
+    # As Java has it: a question mark for each half of a surrogate pair.
+    encoded = text.encode("utf-8", "replace")
     return _int32(len(encoded)) + encoded

@@ -16,6 +16,7 @@ from typing import Annotated, ClassVar, Final
 import msgspec
 from msgspec import Meta, Struct
 
+from kms.core.names import is_blank
 from kms.core.policy import Operation, Plane
 from kms.core.usage import VersionUsage
 from kms.errors import InvalidRequestError
@@ -312,7 +313,7 @@ def presented(line: bytes) -> tuple[type[Request], str] | None:
 
 def group_of(key_id: str | None) -> str:
     """The group a data request names: omitted, null or blank is `default`."""
-    return key_id if key_id and not key_id.isspace() else DEFAULT_KEY_GROUP
+    return DEFAULT_KEY_GROUP if key_id is None or is_blank(key_id) else key_id
 
 
 REQUEST_ID_RULE: Final = f"requestId: has 1 to {MAX_REQUEST_ID_CHARACTERS} printable characters"
