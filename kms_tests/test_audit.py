@@ -385,7 +385,17 @@ def test_a_crash_leaves_one_unfinished_line_that_begins_as_the_next_record_would
 
 
 @pytest.mark.parametrize(
-    "rest", [b"\n", b"{\n", b"x", b'{"seq":8,', b'{"seq":77', b'{"seq":7}', b'{"seq":7,"time":"2026"}\n']
+    "rest",
+    [
+        b"\n",
+        b"{\n",
+        b"x",
+        b'{"seq":7,"event":"Stop"}',
+        b'{"seq":8,',
+        b'{"seq":77',
+        b'{"seq":7}',
+        b'{"seq":7,"time":"2026"}\n',
+    ],
 )
 def test_a_crash_leaves_nothing_else(rest: bytes) -> None:
     assert not is_torn(rest, 7)

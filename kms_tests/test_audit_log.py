@@ -780,6 +780,35 @@ def test_what_could_not_be_cut_off_at_once_is_before_the_recovery(
     assert _is_sound(path)
 
 
+def test_behind_a_torn_line_that_has_to_stay_nothing_is_written_before_there_is_room_for_it(
+    open_log: Open, path: Path, disk: Disk, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log = open_log()
+    disk.may_shorten, disk.takes = False, 50
+    with pytest.raises(UnavailableError):
+        log.write([operation()])
+    left = path.read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    disk.takes = 40
+    with monkeypatch.context() as patch:
+        patch.setattr("kms.host.space.reserve", full)
+        for _ in range(3):
+            clock.now += 1
+            log.check()
+            assert log.trouble == "No space left on device"
+        _crash(log)
+        with pytest.raises(FileAccessError, match="No space left on device"):
+            open_log()
+        assert path.read_bytes() == left, "a second torn line would refuse the start"
+    disk.takes = None
+    _crash(open_log())
+    assert _records(path)[-1]["torn"] == 50
+    assert _is_sound(path)
+
+
 def test_it_starts_after_a_crash_where_nothing_could_be_cut_off(open_log: Open, path: Path, disk: Disk) -> None:
     log = open_log()
     disk.may_shorten, disk.takes = False, 50

@@ -158,12 +158,44 @@ def test_a_failure_to_write_and_then_to_close_leaves_no_temp_file(path: Path, mo
     assert _nothing_happened(path)
 
 
-def test_a_failure_of_the_rename_is_a_rename_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "rename", _fail)
-    with pytest.raises(RenameError, match="No space left"):
+def _failing(number: int, *, first: Callable[..., None] = lambda *_: None) -> Callable[..., None]:
+    """A rename that fails, once `first` is done."""
+
+    def rename(*names: Path) -> None:
+        first(*names)
+        raise OSError(number, os.strerror(number))
+
+    return rename
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EREMOTEIO, errno.EINTR])
+def test_a_failure_of_the_rename_is_a_rename_error(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "rename", _failing(number))
+    with pytest.raises(RenameError, match=os.strerror(number)):
         write_file(path, b"new")
     monkeypatch.undo()
     assert _nothing_happened(path)
+
+
+@pytest.mark.parametrize("number", sorted(durable.REFUSED_AT_ONCE))
+def test_a_rename_that_is_refused_is_a_failure_before_it(path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(os, "rename", _failing(number))
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        write_file(path, b"new")
+    assert not isinstance(caught.value, RenameError)
+    monkeypatch.undo()
+    assert _nothing_happened(path)
+
+
+@pytest.mark.parametrize("number", sorted(durable.REFUSED_AT_ONCE))
+def test_a_rename_that_was_made_all_the_same_is_none_that_was_refused(
+    path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    # A server that is asked twice, as its first answer was lost, finds nothing to rename.
+    monkeypatch.setattr(os, "rename", _failing(number, first=os.rename))
+    with pytest.raises(RenameError, match=os.strerror(number)):
+        write_file(path, b"new")
+    assert path.read_bytes() == b"new"
 
 
 def test_a_failure_after_the_rename_is_a_rename_error(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,10 @@ def _fail(*_: object, **__: object) -> Any:
     raise OSError(28, "No space left on device")
 
 
+def _fail_to_rename(*_: object, **__: object) -> Any:
+    raise OSError(5, "Input/output error")
+
+
 # the lock
 
 
@@ -408,7 +412,7 @@ def test_what_fails_at_each_size_that_a_load_refuses_is_refused_by_a_save(
     assert _load(made)[1] == keyring
 
 
-@pytest.mark.parametrize("number", [errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EXDEV])
+@pytest.mark.parametrize("number", [errno.EPERM, errno.EBUSY, errno.EROFS, errno.EXDEV, errno.ENOSPC])
 def test_a_rename_that_is_refused_at_once_has_changed_nothing_and_the_next_save_works(
     number: int, made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -562,7 +566,7 @@ def test_what_an_earlier_keystore_has_left_is_a_trace_of_it(name: str, path: Pat
 def test_the_outcome_of_a_save_that_fails_at_the_rename_is_unknown(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     keystore, keyring = _load(made)
     with monkeypatch.context() as patch:
-        patch.setattr(os, "rename", _fail)
+        patch.setattr(os, "rename", _fail_to_rename)
         with pytest.raises(SaveOutcomeUnknownError) as caught:
             keystore.save(_rotated(keystore, keyring))
     assert caught.value.exit_code == 70

@@ -367,4 +367,13 @@ def is_torn(rest: bytes, seq: int) -> bool:
     """
     written = rest.rstrip(b"\0")
     beginning = b'{"seq":%d,' % seq
-    return b"\n" not in rest and written.startswith(beginning[: len(written)])
+    return b"\n" not in rest and written.startswith(beginning[: len(written)]) and not _is_whole(rest)
+
+
+def _is_whole(line: bytes) -> bool:
+    """Whether it is a whole object, with nothing behind it: a crash leaves away the end of a record, at least its MAC."""
+    try:
+        msgspec.json.decode(line, type=dict[str, msgspec.Raw])
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return True

@@ -26,8 +26,16 @@ class RenameError(OSError):
     """The rename, or the fsync of the directory after it, failed: either file may be the one that stays."""
 
 
-REFUSED_AT_ONCE: Final = {errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EXDEV, errno.EISDIR, errno.ENOTDIR}
-"""What rename(2) says before it has done anything: a file that may not be changed, a mount point, another file system."""
+REFUSED_AT_ONCE: Final = {
+    *(errno.EPERM, errno.EACCES, errno.EBUSY, errno.EROFS, errno.EXDEV, errno.EINVAL),
+    *(errno.EISDIR, errno.ENOTDIR, errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT, errno.ELOOP, errno.ENAMETOOLONG),
+    *(errno.ENOSPC, errno.EDQUOT, errno.EMLINK, errno.ENOMEM),
+}
+"""What rename(2) says before it has done anything: a file that may not be changed, a mount point, no room for the name.
+
+Not EIO, nor what a network file system says. Even of these it is looked whether the file still has its old name: a server
+that gets a rename twice, as its answer was lost, says ENOENT the second time.
+"""
 
 
 class DurableFile:
@@ -72,10 +80,16 @@ class DurableFile:
         try:
             self._temp.rename(self._path)
         except OSError as error:
-            if error.errno in REFUSED_AT_ONCE:
+            if error.errno in REFUSED_AT_ONCE and self._has_its_old_name():
                 raise
             raise RenameError(error.errno, error.strerror, str(self._path)) from error
         self._committed = True
+
+    def _has_its_old_name(self) -> bool:
+        try:
+            return self.state is not None and os.path.samestat(self._temp.lstat(), self.state)
+        except OSError:
+            return False
 
     def __enter__(self) -> Self:
         return self

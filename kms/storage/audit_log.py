@@ -14,8 +14,9 @@ is recorded for a while longer. The head is written in place, and needs none.
 **Trouble.** A log is in trouble from when it could not be written, could not be made durable, or is no longer the file
 at its path. `write` raises `UnavailableError` then. It comes out of it by a Recover record, which goes before all others
 and says how many requests were not recorded. What a failed write has left is cut off again. Where that is impossible,
-as in a file that nobody may shorten (chattr +a), it stays and the Recover record names it; whole records among it count
-as written. So a record may stand for a request that was answered `Unavailable`, but never the other way round.
+as in a file that nobody may shorten (chattr +a), it stays and the Recover record names it, once there is room for that;
+whole records among it count as written. So a record may stand for a request that was answered `Unavailable`, but never
+the other way round.
 
 After an fsync that failed nothing is known of what it was to write: Linux marks those pages clean, and the next fsync
 succeeds without having written them. So the Recover record names those records, and the trouble has ended only when an
@@ -329,6 +330,8 @@ class AuditLog:
         data, chain = seal(records, position.chain, self._keys)
         if self._needs_newline:
             data = b"\n" + data
+        if self._torn is not None:
+            self._need_room(len(data))
         try:
             written = os.write(position.descriptor, data)
         except OSError as error:
@@ -340,6 +343,18 @@ class AuditLog:
             self._dirty_since = self._monotonic()
         self._position = Position(position.descriptor, position.length + written, chain, generation)
         self._needs_newline = False
+
+    def _need_room(self, length: int) -> None:
+        """Raise `UnavailableError` where the disk has no room for `length` bytes more.
+
+        Behind a torn line that has to stay no second one may come: a start would take it for somebody else's.
+        """
+        try:
+            space.reserve(self._position.descriptor, self._position.length, length)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                self._write_trouble = _reason(error)
+                raise self._unavailable() from None
 
     def _fail_to_write(self, why: str) -> NoReturn:
         self._write_trouble = why

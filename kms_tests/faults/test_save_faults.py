@@ -6,8 +6,9 @@ after each length of what is written.
 
 What must hold after every fault: the keystore loads as exactly the old one or the new one; what was answered `ok` is
 there; no temp file survives a restart; and a server that lived answers data requests and can save again. A fault before
-the rename to the keystore's name leaves the old one and a living server. From the rename on the outcome is unknown, and
-the server stops with status 70. Only that closing a directory failed does not matter.
+the rename to the keystore's name leaves the old one and a living server; so does a rename that the system refuses. From
+the rename on the outcome is unknown, and the server stops with status 70. Only that closing a directory failed does not
+matter.
 """
 
 from __future__ import annotations
@@ -45,6 +46,10 @@ class Step:
     is_before_the_rename: bool
     is_harmless: bool
     """It closes a descriptor that nothing was written through: a directory's, or the lock's."""
+
+    def leaves_the_old(self, action: str) -> bool:
+        """Whether it is known after `action` that nothing was changed. A rename says so by itself, but for an EIO."""
+        return self.is_before_the_rename or (self.name.startswith("rename") and action == "error=ENOSPC")
 
 
 def steps(calls: list[Call], keystore: Path) -> list[Step]:
@@ -192,7 +197,7 @@ def _disturb(subject: Subject, step: Step, action: str) -> None:
         assert reply is not None
         assert reply["status"] == "ok"
         subject.lives_with(subject.mutation.after)
-    elif step.is_before_the_rename:
+    elif step.leaves_the_old(action):
         assert reply is not None
         assert reply == {
             "status": "error",
@@ -283,7 +288,7 @@ def test_a_change_of_passphrase_survives_every_fault_at_every_step(machine: Mach
                 assert status == -9
             else:
                 assert any(call.injected for call in calls), "the fault did not happen"
-                assert status == (0 if step.is_harmless else 74 if step.is_before_the_rename else 70)
+                assert status == (0 if step.is_harmless else 74 if step.leaves_the_old(action) else 70)
             _assert_old_or_new(machine, old, must_be_old=step.is_before_the_rename, must_be_new=status == 0)
     print(f"change-passphrase: {len(recorded)} calls, {len(recorded) * len(ACTIONS)} faults")
 
