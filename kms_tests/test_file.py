@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
@@ -430,6 +431,44 @@ def test_a_rename_that_is_refused_at_once_has_changed_nothing_and_the_next_save_
     assert made.read_bytes() == before
     assert not durable.temp_files(made)
     keystore.save(_rotated(keystore, keyring))
+
+
+def test_what_is_beside_it_is_not_written_either_where_it_is_anothers(made: Path) -> None:
+    keystore, keyring = _load(made)
+    keystore.look()
+    keystore.save(_rotated(keystore, keyring))
+    keystore.look()
+    made.write_bytes(made.read_bytes().replace(b'"generation":', b'"generation":1'))
+    with pytest.raises(KeystoreReplacedError, match="exchanged"):
+        keystore.look()
+
+
+def test_a_look_waits_for_a_save_that_is_under_way(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keystore, keyring = _load(made)
+    looks: list[threading.Thread] = []
+    failures: list[Exception] = []
+
+    def look() -> None:
+        try:
+            keystore.look()
+        except Exception as error:
+            failures.append(error)
+
+    real = durable.write_file
+
+    def saved(*arguments: Any) -> Any:
+        state = real(*arguments)
+        # Between the rename and the moment in which it is known that it was ours.
+        looks.append(threading.Thread(target=look))
+        looks[0].start()
+        looks[0].join(0.05)
+        assert looks[0].is_alive()
+        return state
+
+    monkeypatch.setattr(durable, "write_file", saved)
+    keystore.save(_rotated(keystore, keyring))
+    looks[0].join()
+    assert failures == []
 
 
 def test_nothing_is_saved_over_what_another_has_put_there(made: Path) -> None:

@@ -11,9 +11,10 @@ import trio
 from trio.testing import MockClock
 
 from kms.core import ciphertext
-from kms.core.keyring import EnableVersion
+from kms.core.keyring import EMPTY, EnableVersion
 from kms.core.policy import AllowAll, Operation
 from kms.core.usage import OTHERS, Operations, TimedDisable
+from kms.errors import KeystoreReplacedError
 from kms.limits import MAX_REFUSED_NAMES, USAGE_FLUSH_SECONDS
 from kms.service import usage as usage_module
 from kms.service.handlers import Handlers
@@ -383,3 +384,20 @@ def test_a_list_tells_of_use_only_when_asked_and_only_where_that_may_be_known(se
     server.pipeline.admit(server.pipeline.authenticator, policy)
     assert told(usage=True) == {"default": False, "billing": True}
     assert server.admin("DescribeKeyGroup", keyId="default")["errorCode"] == "Unauthorized"
+
+
+async def test_it_is_not_written_beside_a_keystore_that_is_anothers_by_now_and_goes_on_counting(
+    data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = data / "keystore.json.usage"
+    path.write_bytes(b"another's")
+
+    def look() -> None:
+        raise KeystoreReplacedError("the lock was removed")
+
+    usage = Usage(EMPTY, None, path, lambda: NOW, look=look)
+    for _ in range(2):
+        await usage.flush()
+    assert path.read_bytes() == b"another's"
+    assert caplog.text.count("usage not saved") == 1
+    assert "the lock was removed; it goes on counting" in caplog.text

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Self
 
 from kms.limits import MAX_QUEUED_LINES
+from kms.service.threads import start
 
 _CLOSE_SECONDS = 1.0
 
@@ -43,7 +44,7 @@ class BackgroundLines:
         """Nothing: the writer does not wait for more."""
 
     def __enter__(self) -> Self:
-        self._writer.start()
+        start(self._writer)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:

@@ -112,7 +112,7 @@ def argon2id(
         status = core(context, Type.ID.value)
         for pointer in (password_pointer, salt_pointer, key_pointer, secret_pointer, data_pointer):
             ffi.release(pointer)
-    if status == lib.ARGON2_MEMORY_ALLOCATION_ERROR:
+    if status in (lib.ARGON2_MEMORY_ALLOCATION_ERROR, lib.ARGON2_THREAD_FAIL):
         raise MemoryShortError(
             f"there is not enough memory: to open this keystore takes {parameters.memory_kib // 1024} MiB, and nothing was "
             "changed. Free some, or raise the limit (ulimit -v)"

@@ -36,6 +36,7 @@ from kms.service.audit_keeper import AuditedStore, AuditKeeper
 from kms.service.authentication import Authenticator
 from kms.service.service import Service
 from kms.service.team import Access, AccessSource
+from kms.service.threads import in_thread
 from kms.service.usage import Usage
 from kms.service.usage import load as load_usage
 from kms.storage import usage_file
@@ -96,7 +97,7 @@ async def _main(
         meters = _meters(config)
         lock = KeystoreLock(config.keystore)
         with lock:
-            keystore, keyring = await trio.to_thread.run_sync(_unlock, config, lock, passphrase, say, makes_with)
+            keystore, keyring = await in_thread(_unlock, config, lock, passphrase, say, makes_with)
             passphrase.wipe()
             try:
                 service = await _service(config, keystore, keyring, access, meters)
@@ -138,11 +139,11 @@ async def _service(
     keeper = AuditKeeper(config.audit, keystore.audit_keys)
     store = keystore if meters is None else meters.metered(keystore)
     usage_path = usage_file.path_of(config.keystore)
-    counted = await trio.to_thread.run_sync(load_usage, usage_path)
+    counted = await in_thread(load_usage, usage_path)
     return Service(
         KeyringActor(keyring, AuditedStore(store, keeper), clock=lambda: int(time.time())),
         keeper,
-        Usage(keyring, counted, usage_path, time.time),
+        Usage(keyring, counted, usage_path, time.time, look=keystore.look),
         access,
         observers=() if meters is None else meters.observers(),
         max_frame_bytes=config.max_frame_bytes,

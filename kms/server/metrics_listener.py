@@ -29,7 +29,7 @@ import trio
 from prometheus_client.exposition import choose_encoder
 from prometheus_client.registry import Collector
 
-from kms.errors import ConfigError
+from kms.errors import ConfigError, MemoryShortError
 from kms.limits import (
     DEFAULT_TCP_HOST,
     EXPOSITION_LIFETIME,
@@ -42,6 +42,7 @@ from kms.limits import (
 )
 from kms.server.listeners import open_tcp
 from kms.service.bugs import log_bug
+from kms.service.threads import in_thread
 
 log: Final = logging.getLogger(__name__)
 
@@ -74,7 +75,10 @@ class Exposition:
         async with self._one_at_a_time:
             page, expires = self._pages.get(wanted, (None, 0.0))
             if page is None or expires <= trio.current_time():
-                page = await trio.to_thread.run_sync(self._make, wanted)
+                try:
+                    page = await in_thread(self._make, wanted)
+                except MemoryShortError:
+                    page = self._make(wanted)
                 self._pages[wanted] = (page, trio.current_time() + EXPOSITION_LIFETIME)
             return page
 

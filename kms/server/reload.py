@@ -7,12 +7,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final
 
-import trio
-
 from kms.errors import KmsError
 from kms.service.bugs import log_bug
 from kms.service.service import Service
 from kms.service.team import AccessSource
+from kms.service.threads import in_thread
 
 log: Final = logging.getLogger(__name__)
 
@@ -30,7 +29,7 @@ class Reload:
     async def __call__(self) -> None:
         self.service.keeper.reopen()
         try:
-            access = await trio.to_thread.run_sync(partial(self.source.load, needs_file=self.service.access.is_from_file))
+            access = await in_thread(partial(self.source.load, needs_file=self.service.access.is_from_file))
             await self.service.admit(access)
         except KmsError as error:
             log.error("principals not reloaded, all stays as it was: %s", error)  # noqa: TRY400 - the message says it all

@@ -38,11 +38,13 @@ from kms.errors import (
     InternalError,
     KeystoreReplacedError,
     KmsError,
+    MemoryShortError,
     SaveFailedError,
     SaveOutcomeUnknownError,
     UnavailableError,
 )
 from kms.limits import GROUP_COMMIT_MAX
+from kms.service.threads import in_thread
 
 log: Final = logging.getLogger(__name__)
 
@@ -168,7 +170,7 @@ class KeyringActor:
             return
         saved = draft.next_generation()
         try:
-            await trio.to_thread.run_sync(self._store.save, saved, limiter=_one_at_a_time)
+            await in_thread(self._store.save, saved, limiter=_one_at_a_time)
         except KmsError as error:
             for submission in applied:
                 submission.answer = _answer_to_all(error)
@@ -191,7 +193,7 @@ def _answer_to_all(error: KmsError) -> KmsError:
     """What each client is told whose command was to be in the save that raised `error`."""
     if isinstance(error, UnavailableError):
         return error
-    if isinstance(error, SaveFailedError):
+    if isinstance(error, (SaveFailedError, MemoryShortError)):
         return InternalError("the keystore could not be saved; nothing was changed")
     if isinstance(error, KeystoreReplacedError):
         return InternalError("the keystore is not this server's any more; nothing was changed, and it stops")

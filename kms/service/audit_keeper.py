@@ -15,11 +15,12 @@ import trio
 
 from kms.core.audit import AuditKeys
 from kms.core.keyring import Keyring, Mint
-from kms.errors import KmsError, UnavailableError
+from kms.errors import KmsError, MemoryShortError, UnavailableError
 from kms.limits import AUDIT_SYNC_INTERVAL
 from kms.service.actor import KeyringStore
 from kms.service.audit_settings import AuditSettings
 from kms.service.audit_trail import AuditTrail
+from kms.service.threads import in_thread
 from kms.storage.audit_log import AuditLog
 
 log: Final = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ class AuditKeeper:
         self._write_repeats()
         # What it raises is in `trouble` then.
         with contextlib.suppress(UnavailableError):
-            await trio.to_thread.run_sync(audit_log.sync)
+            await _synced(audit_log)
         trouble = audit_log.trouble
         if trouble and not self._trouble:
             log.error("the audit log %s cannot be written: %s. Nothing is answered until it can", audit_log.path, trouble)
@@ -86,7 +87,7 @@ class AuditKeeper:
     async def sync(self) -> None:
         """Make durable what is on record by now; raises `UnavailableError`."""
         if self.log is not None:
-            await trio.to_thread.run_sync(self.log.sync)
+            await _synced(self.log)
 
     def reopen(self) -> None:
         """Go on in a new file if the log was renamed. Blocks for as long as the disk takes to finish the old one."""
@@ -128,3 +129,11 @@ class AuditedStore:
         self._store.save(keyring)
         if audit_log is not None:
             audit_log.generation = keyring.generation
+
+
+async def _synced(audit_log: AuditLog) -> None:
+    try:
+        await in_thread(audit_log.sync)
+    except MemoryShortError:
+        # That everybody waits for the disk is better than a record that is not durable.
+        audit_log.sync()

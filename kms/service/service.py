@@ -18,6 +18,7 @@ from kms.service.local_provider import LocalMasterKeyProvider
 from kms.service.pipeline import RequestPipeline
 from kms.service.served import Observer
 from kms.service.team import Access
+from kms.service.threads import in_thread
 from kms.service.trials import ScheduleAuthenticator, Trials
 from kms.service.usage import Usage
 
@@ -77,7 +78,7 @@ class Service:
         Raises what `AuditKeeper.open` raises, after which all is as it was.
         """
         opening = partial(self.keeper.open, self.keyring.current.generation, has_principals=access.is_from_file)
-        await trio.to_thread.run_sync(opening)
+        await in_thread(opening)
         self.keeper.admitted(access.sha256)
         self.access = access
         self.pipeline.admit(access.authenticator, access.policy, self.keeper.trail, access.limits)

@@ -30,7 +30,15 @@ from kms.core.keyring import DisableVersion, KeyGroup, Keyring, KeyVersion, tran
 from kms.core.policy import Plane, Principal
 from kms.core.provider import KeyringManager, Permit
 from kms.core.usage import TimedDisable, VersionUsage
-from kms.errors import InternalError, InvalidRequestError, KmsError, LimitExceededError, WireError
+from kms.errors import (
+    InternalError,
+    InvalidRequestError,
+    KeystoreReplacedError,
+    KmsError,
+    LimitExceededError,
+    MemoryShortError,
+    WireError,
+)
 from kms.limits import MAX_TIMED_DISABLES, TIMED_DISABLE_RETRY_SECONDS
 from kms.service.authentication import Authenticator
 from kms.service.pipeline import RequestPipeline, Session
@@ -167,8 +175,9 @@ class Trials:
         await self._sync_record()
         try:
             await self._usage.save()
-        except OSError as error:
-            log.error("the end of a timed disable could not be saved: %s", error.strerror)  # noqa: TRY400 - it says it all
+        except (OSError, MemoryShortError, KeystoreReplacedError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            log.error("the end of a timed disable could not be saved: %s", why)  # noqa: TRY400 - it says it all
             raise InternalError("the end of a timed disable could not be saved; nothing was changed") from None
 
     def _is_tied(self, name: VersionName) -> bool:

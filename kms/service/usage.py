@@ -25,10 +25,11 @@ from kms.core.ciphertext import header_of
 from kms.core.keyring import Keyring, KeyVersion, VersionStatus
 from kms.core.policy import Principal
 from kms.core.usage import OTHERS, Operations, Refusals, TimedDisable, VersionUsage
-from kms.errors import DecryptionFailedError, InputMissingError, KmsError
+from kms.errors import DecryptionFailedError, InputMissingError, KeystoreReplacedError, KmsError, MemoryShortError
 from kms.limits import MAX_REFUSED_NAMES, USAGE_FLUSH_SECONDS, USAGE_SLICE
 from kms.service.bugs import log_bug
 from kms.service.served import Served
+from kms.service.threads import in_thread
 from kms.storage import usage_file
 from kms.storage.usage_file import Document, Record
 from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, ReEncrypt, Request
@@ -83,8 +84,21 @@ class _Tally:
 class Usage:
     """The table of all versions that were used, and its file."""
 
-    def __init__(self, keyring: Keyring, saved: Document | None, path: Path, clock: Clock) -> None:
-        """What `saved` knows of versions that `keyring` has is gone on with; without it, all is counted from now."""
+    def __init__(
+        self,
+        keyring: Keyring,
+        saved: Document | None,
+        path: Path,
+        clock: Clock,
+        *,
+        look: Callable[[], None] = lambda: None,
+    ) -> None:
+        """What `saved` knows of versions that `keyring` has is gone on with; without it, all is counted from now.
+
+        `look` is called before each write, in its thread, and ends it by what it raises: the file belongs to a keystore,
+        which may be another server's by now.
+        """
+        self._look = look
         self.clock = clock
         self.running: Final[dict[VersionName, TimedDisable]] = {}
         """Versions that are disabled for a time."""
@@ -251,9 +265,11 @@ class Usage:
             return
         try:
             await self.save()
-        except OSError as error:
+        except (OSError, MemoryShortError, KeystoreReplacedError) as error:
+            # Not even where the keystore is another's by now: whoever has the newest keys in memory does not stop for this.
             if not self._is_failing:
-                log.warning("usage not saved to %s: %s; it goes on counting, and tries again", self._path, error.strerror)
+                why = error.strerror if isinstance(error, OSError) else error
+                log.warning("usage not saved to %s: %s; it goes on counting, and tries again", self._path, why)
             self._is_failing = True
         except Exception as error:  # a bug, or no thread to be had: it must cost the figures, not the server
             log_bug("usage not saved", error)
@@ -263,7 +279,10 @@ class Usage:
             self._is_failing = False
 
     async def save(self) -> None:
-        """Put all that is known on disk; durable when this returns. Raises `OSError`."""
+        """Put all that is known on disk; durable when this returns.
+
+        Raises `OSError`, `MemoryShortError`, and `KeystoreReplacedError`.
+        """
         async with self._saving:
             running = set(self.running)
             await self._encode()
@@ -273,7 +292,7 @@ class Usage:
             records = tuple(self._encoded.values())
             # Until it is there, it has to be tried again, even if nothing changes any more.
             self._is_unsaved = True
-            await trio.to_thread.run_sync(usage_file.write, self._path, self._since, records, limiter=_one_at_a_time)
+            await in_thread(usage_file.write, self._path, self._since, records, self._look, limiter=_one_at_a_time)
             self._is_unsaved = False
             self.on_disk = running
 

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from types import TracebackType
 from typing import Final, NamedTuple, Self
 
@@ -180,6 +181,7 @@ class Keystore:
         """What could not be kept as it was when it was opened, for people."""
         self.path = lock.keystore
         self._last_look = _LastLook(lock, there)
+        self._looking = Lock()
         self._header = header
         self._keys = keys
         self._root_check = keys.seal_check() if root_check is None else root_check
@@ -198,6 +200,18 @@ class Keystore:
         Raises `SaveFailedError` when nothing has happened to the file, `SaveOutcomeUnknownError` when it may have, and
         `KeystoreReplacedError` when it is another's by now.
         """
+        with self._looking:
+            self._save(keyring)
+
+    def look(self) -> None:
+        """Raise `KeystoreReplacedError` when what is there is not what was saved here last, `OSError` when nobody knows.
+
+        May be called from any thread; it waits for a save that is under way.
+        """
+        with self._looking:
+            self._last_look()
+
+    def _save(self, keyring: Keyring) -> None:
         content = self._encoder.encode(keyring, self._header, self._root_check, self._keys)
         if len(content) > MAX_KEYSTORE_BYTES:
             raise SaveFailedError(f"cannot save {self.path}: it would be larger than any keystore; nothing was changed")

@@ -11,7 +11,7 @@ those that were used since the last time cost anything.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Final, Literal
 
@@ -61,9 +61,9 @@ def encode(since: int, records: Iterable[bytes]) -> bytes:
     return b'{"formatVersion":%d,"sinceEpochSec":%d,"versions":[\n%s\n]}\n' % (FORMAT, since, b",\n".join(records))
 
 
-def write(path: Path, since: int, records: Iterable[bytes]) -> None:
-    """Put it on disk, durably. Blocking; raises what `durable.write_file` raises."""
-    write_file(path, encode(since, records))
+def write(path: Path, since: int, records: Iterable[bytes], last_look: Callable[[], None] = lambda: None) -> None:
+    """Put it on disk, durably. Blocking; raises what `durable.write_file` raises, which calls `last_look`."""
+    write_file(path, encode(since, records), last_look)
 
 
 def read(path: Path) -> Document:
