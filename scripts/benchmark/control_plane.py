@@ -19,7 +19,7 @@ from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
 from kms.core.secret import Secret
 from kms.storage.file import Keystore, KeystoreLock, initialise
 from kms_tests.integration.processes import PASSPHRASE, Server
-from scripts.benchmark.processes import ROOM, Bench, resident_mib, spread
+from scripts.benchmark.processes import Bench, resident_mib, spread
 from scripts.benchmark.turns import encoded, prepare
 
 GROUPS: Final = (10, 1_000, 10_000)
@@ -189,7 +189,7 @@ def sizes(bench: Bench, directories: dict[int, Path], *, rounds: int, said: Call
         for _ in range(rounds):
             with bench.machine(directory) as machine:
                 start = time.perf_counter()
-                server = machine.start("--max-connections", ROOM)
+                server = machine.start()
                 took.append(time.perf_counter() - start)
                 idle.append(resident_mib(server.pid))
                 with contextlib.ExitStack() as clients:

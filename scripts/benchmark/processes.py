@@ -23,10 +23,6 @@ MIB: Final = 1 << 20
 CORES: Final = len(os.sched_getaffinity(0))
 
 
-ROOM: Final = "512"
-"""Connections for a server: the largest shape has 256 on one listener, of which a quarter is kept for each other."""
-
-
 class LoadResult(msgspec.Struct, frozen=True):
     """What the load generator saw: replies in all, replies per second while it counted, times in seconds."""
 
@@ -82,7 +78,7 @@ class Bench:
     def server(self, template: Path | None = None, source: Path = ROOT) -> Iterator[Server]:
         """A kms-server on such a machine, with its default configuration but for the TCP port."""
         with self.machine(template, source) as machine:
-            yield machine.start("--max-connections", ROOM)
+            yield machine.start()
 
     @contextlib.contextmanager
     def echo(self, reply_bytes: int) -> Iterator[tuple[int, Path, int]]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kms_tests.integration.processes import DEADLINE, ROOT, Machine, Server
-from scripts.benchmark.processes import ROOM, Bench, BenchmarkError
+from scripts.benchmark.processes import Bench, BenchmarkError
 from scripts.benchmark.turns import Row, Shape, Side, compare, prepare
 
 PATIENCE: Final = 3
@@ -92,7 +92,7 @@ def _team_server(bench: Bench, *flags: str) -> Iterator[_Member]:
 
 def _started(machine: Machine, *flags: str) -> Server:
     try:
-        return machine.start("--max-connections", ROOM, *flags)
+        return machine.start(*flags)
     except AssertionError as error:
         raise BenchmarkError(f"the server did not start: {error}") from error
 
