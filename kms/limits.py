@@ -15,7 +15,7 @@ MAX_FRAME_BYTES_CEILING: Final = 1 << 26
 MAX_CONNECTIONS: Final = 256
 MAX_CONNECTIONS_CEILING: Final = 1 << 16
 GUARANTEED_FRACTION: Final = 4
-"""One in so many connections is kept for each listener, which no other can take."""
+"""One in so many is the share of each listener, which the others cannot take: so many may come in beyond the cap."""
 IDLE_TIMEOUT: Final = 30.0
 """From when the server starts to wait for a frame until it is whole, so one byte a second does not help."""
 WRITE_TIMEOUT: Final = 10.0

@@ -92,28 +92,29 @@ async def test_a_connection_that_the_kernel_does_not_vouch_for_is_closed_and_end
 
 
 async def test_connections_are_counted_by_transport() -> None:
-    crowd = Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=2)
+    crowd = Crowd(Broken, ConnectionBounds(), Outbox(nothing_to_do), max_connections=4)
     with contextlib.ExitStack() as held:
         async with trio.open_nursery() as nursery:
             clients = []
-            for transport in ("unix", "tcp", "tcp"):
+            for transport in ("unix", "tcp", "tcp", "tcp", "tcp"):
                 ours, theirs = socket.socketpair()
                 ours.settimeout(0)
                 clients.append(held.enter_context(theirs))
                 nursery.start_soon(crowd.serve, ours, transport)
                 await wait_all_tasks_blocked()
-            assert (crowd.open, crowd.refused, crowd.evicted) == ({"unix": 1, "tcp": 1}, {}, {"tcp": 1})
+            assert (crowd.open, crowd.refused, crowd.evicted) == ({"unix": 1, "tcp": 3}, {}, {"tcp": 1})
             clients[0].close()
             await wait_all_tasks_blocked()
-            assert crowd.open == {"unix": 0, "tcp": 1}
-            clients[2].sendall(b"{fails\n")
+            assert crowd.open == {"unix": 0, "tcp": 3}
+            for client in clients[2:]:
+                client.sendall(b"{fails\n")
         assert crowd.open == {"unix": 0, "tcp": 0}
-        assert crowd.accepted == {"unix": 1, "tcp": 2}
+        assert crowd.accepted == {"unix": 1, "tcp": 4}
         crowd.drain()
         ours, theirs = socket.socketpair()
         held.enter_context(theirs)
         await crowd.serve(ours, "unix")
-        assert (crowd.refused, crowd.accepted) == ({}, {"unix": 1, "tcp": 2}), "the end of all is no refusal"
+        assert (crowd.refused, crowd.accepted) == ({}, {"unix": 1, "tcp": 4}), "the end of all is no refusal"
 
 
 async def test_a_connection_that_arrives_while_draining_is_closed() -> None:

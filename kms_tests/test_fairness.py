@@ -37,7 +37,6 @@ class House:
         self.server = Server(policy)
         self.pipeline = self.server.pipeline
         self.crowd = Crowd(self.session, ConnectionBounds(), Outbox(self.pipeline.commit), most)
-        self.crowd._listening |= {"tcp", "unix"}
         self._nursery = nursery
         self._held = contextlib.ExitStack()
 
@@ -93,18 +92,18 @@ async def test_what_may_stand_before_JSON_may_come_first(house: House, first_byt
 
 
 async def test_silent_strangers_make_room_the_one_that_is_idle_longest_first(house: House) -> None:
-    silent = [await house.connect() for _ in range(6)]
-    assert house.crowd.open["tcp"] == 6
+    silent = [await house.connect() for _ in range(8)]
+    assert house.crowd.open["tcp"] == 8
     silent[0].sendall(STRANGER)
     await wait_all_tasks_blocked()
     clients = [await house.connect(say=HEALTH) for _ in range(3)]
-    assert [is_closed(one) for one in silent] == [False, True, True, True, False, False]
+    assert [is_closed(one) for one in silent] == [False, True, True, True, False, False, False, False]
     assert all(b'"ok"' in one.recv(1000) for one in clients)
     assert (house.crowd.evicted["tcp"], house.crowd.refused["tcp"]) == (3, 0)
 
 
 async def test_who_is_known_makes_no_room(house: House) -> None:
-    known = [await house.connect(say=HEALTH) for _ in range(6)]
+    known = [await house.connect(say=HEALTH) for _ in range(8)]
     assert is_closed(await house.connect(say=HEALTH))
     assert house.crowd.refused["tcp"] == 1
     assert not any(is_closed(one) for one in known)
@@ -112,7 +111,7 @@ async def test_who_is_known_makes_no_room(house: House) -> None:
 
 async def test_a_stranger_that_sends_byte_after_byte_is_idle_all_the_same(house: House) -> None:
     dripping = await house.connect(say=b" ")
-    others = [await house.connect() for _ in range(5)]
+    others = [await house.connect() for _ in range(7)]
     dripping.sendall(b" ")
     await wait_all_tasks_blocked()
     await house.connect(say=HEALTH)
@@ -121,13 +120,26 @@ async def test_a_stranger_that_sends_byte_after_byte_is_idle_all_the_same(house:
 
 
 async def test_each_listener_has_a_share_that_the_other_cannot_take(house: House) -> None:
-    strangers = [await house.connect("tcp") for _ in range(20)]
-    assert sum(not is_closed(one) for one in strangers) == 6
-    local = [await house.connect("unix", HEALTH) for _ in range(2)]
-    assert all(b'"ok"' in one.recv(1000) for one in local)
-    await house.connect("tcp", HEALTH)
+    known = [await house.connect("tcp", HEALTH) for _ in range(8)]
+    local = [await house.connect("unix") for _ in range(2)]
+    assert not any(is_closed(one) for one in [*known, *local])
+    assert is_closed(await house.connect("tcp", HEALTH)), "it does not take the place of who has come in elsewhere"
     assert not any(is_closed(one) for one in local)
-    assert is_closed(await house.connect("unix", HEALTH)), "all that are known there stay, and it has its share"
+    await house.connect("unix", HEALTH)
+    assert [is_closed(one) for one in local] == [True, False]
+    assert not any(is_closed(one) for one in known)
+
+
+async def test_strangers_make_room_for_who_comes_in_elsewhere_where_they_have_more_than_their_share(
+    house: House,
+) -> None:
+    strangers = [await house.connect("tcp") for _ in range(20)]
+    assert sum(not is_closed(one) for one in strangers) == 8
+    local = [await house.connect("unix", HEALTH) for _ in range(8)]
+    assert not any(is_closed(one) for one in local)
+    assert sum(not is_closed(one) for one in strangers) == 2
+    assert house.crowd.open["unix"] + house.crowd.open["tcp"] == 10
+    assert is_closed(await house.connect("unix", HEALTH))
 
 
 class Refusing:

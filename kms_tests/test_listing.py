@@ -169,7 +169,6 @@ class Conversation:
         for end in (ours, self.client):
             end.settimeout(0)
         crowd = Crowd(server.pipeline.session, bounds or ConnectionBounds(), Outbox(server.pipeline.commit), 8)
-        crowd._listening.add("unix")
         nursery.start_soon(crowd.serve, ours, "unix")
 
     def read(self, most: int = 1 << 16) -> bytes | None:

@@ -35,15 +35,12 @@ class Crowd:
     """How many there were too many."""
     evicted: Counter[str] = field(default_factory=Counter)
     """How many had to make room, of those on which nobody had shown a right token."""
-    _listening: set[str] = field(default_factory=set)
     _open: dict[str, set[Connection]] = field(default_factory=lambda: defaultdict(set))
     _numbers: Iterator[int] = field(default_factory=lambda: itertools.count(1))
     _draining: bool = False
 
     async def accept(self, endpoint: Endpoint, connections: trio.Nursery) -> None:
         """Serve whoever comes in by `endpoint`, each in a task of `connections`, until cancelled."""
-
-        self._listening.add(endpoint.transport)
 
         async def serve(stream: trio.SocketStream) -> None:
             # The connection works on the bare socket; the stream around it is let go.
@@ -82,21 +79,26 @@ class Crowd:
     def _has_room(self, transport: str) -> bool:
         """Whether one more may come in by `transport`, for which one that nobody is known on may have to go.
 
-        Each way in has a share that the others cannot take, and who comes in by it takes nobody's place but there: over
-        TCP anybody on the machine may come, over the Unix socket only those who may open it.
+        Each way in has a share that the others cannot take, beyond what all may have together: over TCP anybody on the
+        machine may come, over the Unix socket only those who may open it. Nobody has to go from a way in that does not
+        have more than its share, but for who comes in by the same.
         """
-        here = self._open[transport]
-        others = len(self._listening - {transport})
-        limit = self.max_connections - others * (self.max_connections // GUARANTEED_FRACTION)
-        if len(here) < limit and sum(map(len, self._open.values())) < self.max_connections:
+        share = self.max_connections // GUARANTEED_FRACTION
+        if len(self._open[transport]) < share or sum(map(len, self._open.values())) < self.max_connections:
             return True
-        strangers = [connection for connection in here if not connection.is_known]
+        strangers = [
+            (connection.idle_since, at, connection)
+            for at, there in self._open.items()
+            if at == transport or len(there) > share
+            for connection in there
+            if not connection.is_known
+        ]
         if not strangers:
             return False
-        longest = min(strangers, key=lambda connection: connection.idle_since)
-        here.discard(longest)
+        _, at, longest = min(strangers, key=lambda stranger: stranger[0])
+        self._open[at].discard(longest)
         longest.evict()
-        self.evicted[transport] += 1
+        self.evicted[at] += 1
         return True
 
     def drain(self) -> None:
