@@ -54,7 +54,7 @@ MAX_VERSIONS_PER_GROUP: Final = 10_000
 MAX_LIST_LIMIT: Final = 1000
 """Key groups of one page of a list."""
 LIST_PAGE_BYTES: Final = 1 << 20
-"""What a page has at most, when it has more than one group. One group of 10,000 versions may take as much."""
+"""A page ends with the group that takes it past this. One group of 10,000 versions may take as much."""
 
 # Metrics. Prometheus asks every few seconds, on one connection.
 

@@ -8,6 +8,7 @@ import json
 import socket
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -17,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from kms.core.keyring import CreateGroup, KeyGroup, RotateGroup, apply
+from kms.core.keyring import CreateGroup, KeyGroup, Keyring, RotateGroup, apply
 from kms.core.policy import Operation, Principal
 from kms.errors import UnavailableError
 from kms.limits import LIST_PAGE_BYTES, READ_BYTES
@@ -26,7 +27,7 @@ from kms.server.crowd import Crowd
 from kms.server.outbox import Outbox
 from kms.service import listing
 from kms.service.served import Peer
-from kms.wire.messages import KeyGroupsReply, KeyGroupView, VersionView, encode
+from kms.wire.messages import KeyGroupReply, KeyGroupsReply, KeyGroupView, VersionView, encode
 from kms_tests.in_memory import ADMIN, PEER, Server, answered, mint
 
 LIST = b'{"type":"ListKeyGroups","token":"%b"}\n' % ADMIN.encode()
@@ -84,6 +85,28 @@ async def test_a_list_in_pieces_is_the_line_that_it_always_was(number: int, requ
     assert made == encode(KeyGroupsReply(views, request_id=request_id))
 
 
+@pytest.mark.parametrize("name", ["plain", '"versions":[', '"keyGroups":[]', "[]", "\\", "\N{GRINNING FACE}"])
+@pytest.mark.parametrize("versions", [1, 2, 200, 201, 1000])
+async def test_a_description_in_pieces_is_the_line_that_it_always_was(name: str, versions: int) -> None:
+    server = Server()
+    made = server.manager.current.groups["default"].versions[1]
+    several = {number: replace(made, version=number) for number in range(1, versions + 1)}
+    group = KeyGroup(name, 5, several[versions], several)
+    server.manager.current = Keyring(1, {name: group})
+    views = [VersionView(one.version, "ACTIVE", 1) for one in several.values()]
+    used = [VersionView(one.version, "ACTIVE", 1, server.usage.of(one)) for one in several.values()]
+
+    async def asked(kind: str, **fields: Any) -> bytes:
+        line = {"type": kind, "token": ADMIN, "requestId": name, **fields}
+        return await answered(server.pipeline.session(PEER).serve(json.dumps(line).encode()))
+
+    described = KeyGroupReply(KeyGroupView(name, versions, used), request_id=name)
+    assert await asked("DescribeKeyGroup", keyId=name) == encode(described)
+    for fields, shown in (({}, views), ({"usage": True}, used)):
+        listed = KeyGroupsReply([KeyGroupView(name, versions, shown)], request_id=name)
+        assert await asked("ListKeyGroups", **fields) == encode(listed)
+
+
 def test_who_may_see_no_group_gets_an_empty_list() -> None:
     server = server_with(3, Sees([]))
     assert server.admin("ListKeyGroups") == {"status": "ok", "keyGroups": []}
@@ -132,14 +155,14 @@ def test_a_group_made_between_two_pages_is_on_a_later_one() -> None:
     assert names(server.admin("ListKeyGroups", limit=5, nextToken=first["nextToken"])) == ["g1", "late"]
 
 
-def test_a_page_has_no_more_than_a_megabyte_but_at_least_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_page_ends_with_the_group_that_takes_it_past_a_megabyte(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(listing, "LIST_PAGE_BYTES", 400)
     assert LIST_PAGE_BYTES == 1 << 20
     server = server_with(12, versions=9)
     found = pages(server, limit=1000)
     assert found[0] == ["default"], "alone it is larger than a page"
     assert list(itertools.chain(*found)) == ["default", *(f"g{index}" for index in range(11))]
-    assert all(2 <= len(page) <= 4 for page in found[1:])
+    assert [len(page) for page in found[1:]] == [5, 5, 1]
 
 
 async def test_a_list_lets_others_have_their_turn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +307,7 @@ async def test_a_bug_in_the_middle_of_a_list_ends_the_connection_and_not_the_lin
             raise LookupError("a bug")
         return VersionView(1, "ACTIVE", 5)
 
-    monkeypatch.setattr("kms.service.listing.messages.VersionView", shown)
+    monkeypatch.setattr("kms.service.listing.VersionView", shown)
     async with conversation(server) as talk:
         talk.client.send(LIST)
         data = b""
@@ -295,4 +318,4 @@ async def test_a_bug_in_the_middle_of_a_list_ends_the_connection_and_not_the_lin
     assert b"\n" not in data
     with pytest.raises(msgspec.DecodeError):
         msgspec.json.decode(data)
-    assert "unexpected error in a list" in caplog.text
+    assert "unexpected error in a long reply" in caplog.text

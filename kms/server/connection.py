@@ -17,7 +17,7 @@ Rules:
 - a connection whose first byte begins no JSON is closed without a word: it speaks another protocol, HTTP perhaps, in which
   a web page can have lines of ours in the body of a request;
 - who shows no right token does not earn a new idle time, and is cut off after MAX_REJECTIONS requests in a row;
-- a list is sent as it is made, in pieces, and waits for its client no longer than other replies do, in all;
+- what may be long, as a list, is sent in pieces as it is made, and waits for its client no longer than others, in all;
 - what one connection makes the server hold is one unfinished frame, one read, and the replies of one turn.
 
 It works on the bare non-blocking socket: `SocketStream` pays a trip through the scheduler for each send that would

@@ -15,7 +15,7 @@ from kms.core.names import is_blank
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
-from kms.service.listing import Listing, Reader, view
+from kms.service.listing import Description, Listing, LongReply, Reader
 from kms.wire import messages
 from kms.wire.messages import Reply, Request, group_of
 
@@ -39,7 +39,7 @@ class Caller(Reader, Protocol):
 
 
 DataHandler = Callable[[Any], Reply]
-ControlHandler = Callable[[Any, Caller], Awaitable[Reply | Listing]]
+ControlHandler = Callable[[Any, Caller], Awaitable[Reply | LongReply]]
 """From a request of its own kind. `Any`, since the tables below are keyed by that kind."""
 
 _DECRYPT_OVERHEAD_BYTES = 128 + 4 * MAX_REQUEST_ID_CHARACTERS
@@ -122,20 +122,20 @@ class Handlers:
             raise InvalidRequestError("plaintext: its ciphertext would be too large for a request; use a data key")
         return messages.CiphertextReply(sealed)
 
-    async def create_key_group(self, request: messages.CreateKeyGroup, caller: Caller) -> Reply:
-        return messages.KeyGroupReply(await view(await self._keyring.create_group(_named(request.key_id), caller.permit)))
+    async def create_key_group(self, request: messages.CreateKeyGroup, caller: Caller) -> Description:
+        return Description(await self._keyring.create_group(_named(request.key_id), caller.permit), request.request_id)
 
-    async def rotate_key_group(self, request: messages.RotateKeyGroup, caller: Caller) -> Reply:
-        return messages.KeyGroupReply(await view(await self._keyring.rotate_group(_named(request.key_id), caller.permit)))
+    async def rotate_key_group(self, request: messages.RotateKeyGroup, caller: Caller) -> Description:
+        return Description(await self._keyring.rotate_group(_named(request.key_id), caller.permit), request.request_id)
 
     async def list_key_groups(self, request: messages.ListKeyGroups, caller: Caller) -> Listing:
         return Listing(request, self._keyring.list_groups(), caller, self._usage)
 
-    async def describe_key_group(self, request: messages.DescribeKeyGroup, caller: Caller) -> Reply:
+    async def describe_key_group(self, request: messages.DescribeKeyGroup, caller: Caller) -> Description:
         group = self._keyring.find_group(_named(request.key_id))
         if group is None:
             raise InvalidRequestError("keyId: no such key group")
-        return messages.KeyGroupReply(await view(group, self._usage))
+        return Description(group, request.request_id, self._usage)
 
     async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:
         group, version, seconds = _named(request.key_id), request.version, request.for_seconds

@@ -33,13 +33,12 @@ from kms.service.authorization import authorize
 from kms.service.bugs import log_bug
 from kms.service.event import Event
 from kms.service.handlers import Handlers
-from kms.service.listing import Listing
+from kms.service.listing import LongReply
 from kms.service.quotas import Limits, Quotas
 from kms.service.refusals import Refusals
 from kms.service.served import Observer, Peer, Served, Turn, UsageCounter
 from kms.wire.messages import (
     ErrorReply,
-    KeyGroupsReply,
     Reply,
     Request,
     UndecodableRequestError,
@@ -50,8 +49,6 @@ from kms.wire.messages import (
 
 log: Final = logging.getLogger("kms.audit")
 
-_SOME_LIST: Final = KeyGroupsReply([])
-"""For the record, and whoever watches, in the place of one that is not made yet."""
 _NO_LIMITS: Final[Mapping[str, Limits]] = {}
 
 _DATA: Final = Plane.DATA
@@ -62,17 +59,17 @@ _HEALTH: Final = Operation.HEALTH
 class Streamed:
     """A reply that is made while it is sent, which may begin once `Session.commit` has put it on record."""
 
-    def __init__(self, listing: Listing) -> None:
-        self._listing = listing
+    def __init__(self, reply: LongReply) -> None:
+        self._reply = reply
 
     async def pieces(self) -> AsyncGenerator[bytes, None]:
         """Its line, without the end. Raises `ConnectionAbortedError` where it cannot be finished."""
         try:
-            async with aclosing(self._listing.pieces()) as pieces:
+            async with aclosing(self._reply.pieces()) as pieces:
                 async for piece in pieces:
                     yield piece
         except Exception as error:
-            log_bug("unexpected error in a list", error)
+            log_bug("unexpected error in a long reply", error)
             raise ConnectionAbortedError from None
 
 
@@ -189,9 +186,8 @@ class Session:
         if request.request_id is not None:
             reply = _named(reply, request.request_id)
         if pipeline.is_watched:
-            return self._answer(
-                Served(self._peer, number, request, kind, principal, reply, None, began, request.request_id), reply
-            )
+            served = Served(self._peer, number, request, kind, principal, reply, None, began, request.request_id)
+            return self._answer(served, reply)[0]
         return encode(reply)
 
     def reject(self, line: bytes) -> Rejection | None:
@@ -230,17 +226,17 @@ class Session:
         except Exception as error:
             caller.take_back()
             return self._failed(number, request, caller.principal, error, began, has_begun=caller.has_begun)
-        listing = reply if isinstance(reply, Listing) else None
-        if isinstance(reply, Listing):
-            reply = _SOME_LIST
-        if request.request_id is not None:
+        streamed = None if isinstance(reply, Reply) else Streamed(reply)
+        if not isinstance(reply, Reply):
+            reply = reply.summary
+        elif request.request_id is not None:
             reply = _named(reply, request.request_id)
         served = Served(
             self._peer, number, request, type(request), caller.principal, reply, None, began, request.request_id
         )
         self._pipeline.record(served)
-        line = self._answer(served, reply, has_begun=caller.has_begun)
-        return line if listing is None else Streamed(listing)
+        line, is_reply = self._answer(served, reply, has_begun=caller.has_begun)
+        return streamed if streamed is not None and is_reply else line
 
     def frame_too_large(self, limit: int) -> bytes:
         """The reply to a line over the limit, after which the connection is closed."""
@@ -285,27 +281,31 @@ class Session:
         if usage is not None:
             usage.refused(served)
         reply = _error_reply(error, served)
-        line = self._answer(served, reply, has_begun=has_begun)
+        line, _ = self._answer(served, reply, has_begun=has_begun)
         return Rejection(line) if isinstance(error, AuthFailedError) else Refusal(line)
 
-    def _answer(self, served: Served, reply: Reply, *, has_begun: bool = False) -> bytes:
-        """The line of `reply`, which is sent once `served` is on record, where there is one."""
+    def _answer(self, served: Served, reply: Reply, *, has_begun: bool = False) -> tuple[bytes, bool]:
+        """The line of `reply`, which is sent once `served` is on record, where there is one.
+
+        And whether it is: a change whose outcome cannot be put on record now is answered with an error instead.
+        """
         pipeline = self._pipeline
         for observer in pipeline.observers:
             observer(served)
         trail = pipeline.trail
         if trail is None:
-            return encode(reply)
+            return encode(reply), True
         waits_for: Served | None = served
+        is_reply = True
         if has_begun:
             waits_for = None
             try:
                 trail.finish(served)
             except UnavailableError as error:
-                reply = _error_reply(error, served)
+                reply, is_reply = _error_reply(error, served), False
         line = encode(reply)
         self.turn.append((line, waits_for))
-        return line
+        return line, is_reply
 
 
 def _error_reply(error: WireError, served: Served) -> ErrorReply:

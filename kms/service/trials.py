@@ -220,7 +220,7 @@ async def _enable(session: Session, name: VersionName) -> str | None:
     later = session.serve(encode(EnableVersion(key_id=group, version=version)))
     answer = later if isinstance(later, bytes) else await later()
     if not isinstance(answer, bytes):
-        raise TypeError("to enable a version is not answered with a list")
+        raise TypeError("to enable a version is not answered at length")
     instead = session.commit()
     reply = _replies.decode(answer if instead is None else instead)
     return reply.message if isinstance(reply, ErrorReply) else None

@@ -249,15 +249,6 @@ encode = _encoder.encode
 """A request or reply as one JSON line, without its line end."""
 
 
-LIST_START: Final = encode(KeyGroupsReply([])).removesuffix(b"]}")
-"""What a `KeyGroupsReply` has before its groups, which are encoded one by one, with commas between them."""
-
-
-def list_end(next_token: str | None, request_id: str | None) -> bytes:
-    """What it has after them."""
-    return encode(KeyGroupsReply([], next_token, request_id=request_id)).removeprefix(LIST_START)
-
-
 class UndecodableRequestError(Exception):
     """A request that failed to decode, with what can still be said of it.
 

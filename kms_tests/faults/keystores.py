@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from kms.core.keyring import Command, DisableVersion, Keyring, RotateGroup, apply
+from kms.core.keyring import Command, CreateGroup, DisableVersion, Keyring, RotateGroup, apply, transition
 from kms.core.secret import Secret
 from kms.storage import file
 from kms.storage.file import KeystoreLock
@@ -69,6 +69,21 @@ def make(keystore: Path, *, format_2: bool = False) -> None:
         for command in [*commands, DisableVersion("default", 2)]:
             keyring = apply(keyring, command, now=1, mint=store.mint)
         store.save(keyring)
+
+
+def make_large(keystore: Path, *, groups: int, versions: int) -> None:
+    """A keystore with as many groups of as many versions, `default` the first, in the place of any that is there."""
+    keystore.unlink(missing_ok=True)
+    with KeystoreLock(keystore) as lock:
+        store, keyring = file.initialise(lock, secret(), now=1, parameters=TINY)
+        made = dict(keyring.groups)
+        draft = Keyring(keyring.generation, made)
+        for number in range(groups):
+            name = f"group-{number}" if number else "default"
+            commands: list[Command] = [RotateGroup(name)] * (versions - 1)
+            for command in [*([CreateGroup(name)] if number else []), *commands]:
+                made[name] = transition(draft, command, now=1, mint=store.mint)
+        store.save(draft.next_generation())
 
 
 def load(keystore: Path, passphrase: str = PASSPHRASE) -> Keyring:

@@ -111,7 +111,7 @@ def attached(pid: int, log: Path, fault: Fault | None = None) -> Iterator[None]:
             if fault is None or not fault.kills:
                 process.send_signal(signal.SIGINT)
             try:
-                process.wait(DEADLINE / 4)
+                process.wait(5)
             except subprocess.TimeoutExpired:
                 process.kill()
 

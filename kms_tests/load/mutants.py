@@ -19,7 +19,7 @@ def stalls() -> None:
 
     def slow(self: Session, line: bytes) -> bytes | Later:
         if STALL in line:
-            time.sleep(1.5)
+            time.sleep(4)
         return serve(self, line)
 
     Session.serve = slow  # type: ignore[method-assign]
