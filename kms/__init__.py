@@ -1,6 +1,6 @@
 """mini-kms: a key management service for one machine or one small team.
 
-The public names are the clients, the data key they return, and the errors they raise:
+The public names are the clients, what they return, and the errors they raise:
 
 >>> from kms import KmsClient
 >>> with KmsClient.connect_unix("/path/kms.sock", token="...") as client:  # doctest: +SKIP
@@ -13,13 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 from kms.errors import (
     AuthFailedError,
+    ConfigError,
     DecryptionFailedError,
+    FileAccessError,
     FrameTooLargeError,
     InputError,
+    InputMissingError,
     InternalError,
     InvalidRequestError,
     KmsError,
     LimitExceededError,
+    OutcomeUnknownError,
     ProtocolError,
     ServerUnreachableError,
     ThrottledError,
@@ -33,41 +37,68 @@ if TYPE_CHECKING:
     from kms.client.async_ import AsyncKmsClient
     from kms.client.blocking import KmsClient
     from kms.client.protocol import DataKey
+    from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
+    from kms.wire.messages import KeyGroupView, VersionView
+
+    __version__: str
 
 __all__ = [
     "AsyncKmsClient",
     "AuthFailedError",
+    "ConfigError",
     "DataKey",
     "DecryptionFailedError",
+    "FileAccessError",
     "FrameTooLargeError",
     "InputError",
+    "InputMissingError",
     "InternalError",
     "InvalidRequestError",
+    "KeyGroupView",
     "KmsClient",
     "KmsError",
     "LimitExceededError",
+    "Operations",
+    "OutcomeUnknownError",
     "ProtocolError",
+    "Refusals",
     "ServerUnreachableError",
     "ThrottledError",
+    "TimedDisable",
     "UnauthorizedError",
     "UnavailableError",
     "UnknownServerError",
+    "VersionUsage",
+    "VersionView",
     "WireError",
+    "__version__",
 ]
 
 _LAZY = {
     "AsyncKmsClient": "kms.client.async_",
     "DataKey": "kms.client.protocol",
+    "KeyGroupView": "kms.wire.messages",
     "KmsClient": "kms.client.blocking",
+    "Operations": "kms.core.usage",
+    "Refusals": "kms.core.usage",
+    "TimedDisable": "kms.core.usage",
+    "VersionUsage": "kms.core.usage",
+    "VersionView": "kms.wire.messages",
 }
 
 
 def __getattr__(name: str) -> Any:
     # Lazy (PEP 562), so that a program which uses the blocking client, `kms-client` above all,
-    # never pays for importing trio.
+    # never pays for importing trio, nor for asking which version this is.
+    from importlib import import_module
+
+    if name == "__version__":
+        return import_module("kms.host.package").version()
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'kms' has no attribute {name!r}")
-    from importlib import import_module
-
     return getattr(import_module(module), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

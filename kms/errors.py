@@ -7,7 +7,7 @@ lines turn any `KmsError` into one line on stderr and its `exit_code`. Messages 
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Self
 
 EXIT_OK = 0
 EXIT_REFUSED = 1
@@ -34,6 +34,13 @@ class WireError(KmsError):
 
     code: ClassVar[str]
     exit_code = EXIT_REFUSED
+    is_outcome_known = True
+    """Whether nothing was changed; else it may have been, or was."""
+
+    def of_unknown_outcome(self) -> Self:
+        """The same error, of a change that may have been made."""
+        self.is_outcome_known = False
+        return self
 
 
 class AuthFailedError(WireError):
@@ -196,6 +203,13 @@ class UnknownServerError(KmsError):
     exit_code = EXIT_PERMISSION
 
 
+class OutcomeUnknownError(KmsError):
+    """A change of keys was asked for, and may have been made: the connection broke before its answer came, or the server
+    could not make sure of it. Look what there is, with `describe_key_group`, before asking again."""
+
+    exit_code = EXIT_INTERNAL
+
+
 class ProtocolError(KmsError):
     """The peer answered something that is not this protocol."""
 
@@ -218,11 +232,14 @@ _BY_CODE: dict[str, type[WireError]] = {
 }
 
 
-def from_wire(code: str, message: str, retry_after: float | None = None) -> KmsError:
+def from_wire(code: str, message: str, retry_after: float | None = None, *, is_outcome_known: bool = True) -> KmsError:
     """The typed error for an error reply; a `ProtocolError` for a code this client does not know.
 
-    `retry_after` is after how many seconds to ask again, of a reply that says so.
+    `retry_after` is after how many seconds to ask again, of a reply that says so; and `is_outcome_known` is False for one
+    that says so.
     """
+    if not is_outcome_known:
+        return OutcomeUnknownError(message)
     if code == DecryptionFailedError.code:
         return DecryptionFailedError()
     if code == ThrottledError.code and retry_after is not None:

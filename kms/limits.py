@@ -185,8 +185,11 @@ FILE_CHUNK_BYTES: Final = 1 << 20
 
 DEFAULT_TCP_HOST: Final = "127.0.0.1"
 DEFAULT_TCP_PORT: Final = 9123
+MAX_PORT: Final = 65535
 CONNECT_TIMEOUT: Final = 5.0
 REPLY_TIMEOUT: Final = 60.0
+MAX_TIMEOUT: Final = 24 * 3600
+"""What a client may be told to wait for a reply: a day. A poll takes its milliseconds as 32 bits."""
 MAX_REPLY_BYTES: Final = 1 << 27
 """`ListKeyGroups` of a large keyring is the largest reply."""
 THROTTLE_PATIENCE: Final = 20.0

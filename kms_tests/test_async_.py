@@ -19,6 +19,7 @@ from kms.errors import (
     ConfigError,
     DecryptionFailedError,
     FrameTooLargeError,
+    OutcomeUnknownError,
     ProtocolError,
     ServerUnreachableError,
     ThrottledError,
@@ -123,6 +124,19 @@ async def test_who_closes_a_client_that_waits_ends_its_call(autojump_clock: Mock
         nursery.start_soon(close)
         with pytest.raises(ServerUnreachableError, match="is closed"):
             await client.health()
+
+
+async def test_the_outcome_of_a_change_is_unknown_when_its_reply_does_not_come(autojump_clock: MockClock) -> None:
+    async def gone(stream: trio.SocketStream) -> None:
+        await stream.receive_some()
+
+    for serve in (gone, silent):
+        async with connected(serve) as client:
+            with pytest.raises(OutcomeUnknownError, match="look before asking again"):
+                await client.rotate_key_group("g")
+        async with connected(serve) as client:
+            with pytest.raises(ServerUnreachableError):
+                await client.encrypt(b"x")
 
 
 async def test_each_operation_answers_with_its_result() -> None:

@@ -24,6 +24,7 @@ from kms.errors import (
     ConfigError,
     DecryptionFailedError,
     FrameTooLargeError,
+    OutcomeUnknownError,
     ProtocolError,
     ServerUnreachableError,
     ThrottledError,
@@ -197,6 +198,83 @@ def test_an_error_in_one_of_many_is_raised_after_the_others_are_drained() -> Non
     with connected() as client:
         with pytest.raises(DecryptionFailedError):
             client.decrypt_many([b"x", b"bad", *([b"y"] * 500)])
+        assert client.decrypt(b"ab") == b"ba"
+
+
+def gone(link: socket.socket) -> None:
+    """A server that ends the connection once it has a request."""
+    link.recv(1000)
+
+
+def quiet(link: socket.socket) -> None:
+    """A server that never answers."""
+    while link.recv(1000):
+        pass
+
+
+CHANGES: list[Callable[[KmsClient], object]] = [
+    lambda client: client.create_key_group("g"),
+    lambda client: client.rotate_key_group("g"),
+    lambda client: client.disable_version("g", 1),
+    lambda client: client.disable_version("g", 1, for_seconds=5),
+    lambda client: client.enable_version("g", 1),
+    lambda client: client.destroy_version("g", 1),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("serve", [gone, quiet])
+def test_the_outcome_of_a_change_is_unknown_when_its_reply_does_not_come(
+    change: Callable[[KmsClient], object], serve: Callable[[socket.socket], None]
+) -> None:
+    with connected(serve, timeout=0.05) as client, pytest.raises(OutcomeUnknownError, match="look before asking again"):
+        change(client)
+
+
+def test_that_of_a_request_which_changes_nothing_is_that_the_server_is_gone() -> None:
+    asks: list[Callable[[KmsClient], object]] = [
+        lambda client: client.encrypt(b"x"),
+        lambda client: client.list_key_groups(),
+    ]
+    for ask in asks:
+        with connected(gone) as client, pytest.raises(ServerUnreachableError, match="connect again"):
+            ask(client)
+
+
+def test_that_of_a_change_which_was_never_sent_is_known() -> None:
+    with connected(lambda _: None) as client:
+        while not has_ended(client):
+            time.sleep(0.001)
+        with pytest.raises(ServerUnreachableError, match="the server closed it"):
+            client.rotate_key_group("g")
+
+
+def has_ended(client: KmsClient) -> bool:
+    assert client._link is not None
+    try:
+        return client._link.recv(1, socket.MSG_PEEK) == b""
+    except BlockingIOError:
+        return False
+
+
+def test_a_server_that_says_so_is_not_sure_of_the_outcome_and_the_connection_stays() -> None:
+    unsure = b'{"status":"error","errorCode":"Unavailable","message":"not on record yet","outcome":"unknown"}\n'
+
+    def serve(link: socket.socket) -> None:
+        with link.makefile("rb") as lines:
+            for line in lines:
+                link.sendall(unsure if b"Rotate" in line else answer(line))
+
+    with connected(serve) as client:
+        with pytest.raises(OutcomeUnknownError, match="not on record yet"):
+            client.rotate_key_group("g")
+        assert client.health() == "Health None"
+
+
+def test_a_wrong_type_among_many_is_raised_after_what_is_under_way_and_the_client_stays() -> None:
+    with connected() as client:
+        with pytest.raises(TypeError, match="plaintext has to be bytes, not str"):
+            client.encrypt_many([b"x", b"y", "text"])  # type: ignore[list-item]
         assert client.decrypt(b"ab") == b"ba"
 
 

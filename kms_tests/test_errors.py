@@ -16,7 +16,7 @@ EXITS = [
     (65, ["InputError", "KeystoreError", "AuditLogError"]),
     (66, ["InputMissingError"]),
     (69, ["ServerUnreachableError", "UnavailableError"]),
-    (70, ["InternalError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
+    (70, ["InternalError", "OutcomeUnknownError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
     (71, ["MemoryShortError"]),
     (74, ["SaveFailedError", "FileAccessError"]),
     (75, ["ThrottledError", "KeystoreLockedError", "KeystoreReplacedError"]),
@@ -43,6 +43,13 @@ def test_each_error_ends_a_command_with_the_status_of_the_contract(exit_code: in
 
 def test_no_error_is_missing_from_the_table_of_statuses() -> None:
     assert {kind.__name__ for kind in ALL} == {name for _, names in EXITS for name in names} | {"WireError"}
+
+
+@pytest.mark.parametrize("code", [*CODES, "OfALaterVersion"])
+def test_an_error_of_unknown_outcome_is_one_of_its_own_whatever_its_code(code: str) -> None:
+    error = from_wire(code, "why", is_outcome_known=False)
+    assert type(error) is errors.OutcomeUnknownError
+    assert str(error) == "why"
 
 
 @pytest.mark.parametrize("code", CODES)

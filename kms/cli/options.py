@@ -14,7 +14,7 @@ import rich_click as click
 from kms.cli.prompt import obtain
 from kms.errors import ConfigError, FileAccessError, InputError, InputMissingError
 from kms.host import package, streams
-from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT
+from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_PORT
 from kms.server.config import data_directory
 
 if TYPE_CHECKING:
@@ -26,7 +26,6 @@ F = TypeVar("F", bound=Callable[..., Any])
 # Not `readable`: click's own check would be a usage error without a remedy, where opening says what to do.
 PATH: Final = click.Path(readable=False)
 """Completes file names. A str, not a Path, since `./-` is a file and `-` is a stream."""
-_MAX_PORT: Final = 65535
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,8 +158,8 @@ def _parse_tcp(text: str) -> Address:
 
 
 def _port(text: str, origin: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= _MAX_PORT):
-        raise ConfigError(f"{origin}: a port is a number from 1 to {_MAX_PORT}")
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_PORT):
+        raise ConfigError(f"{origin}: a port is a number from 1 to {MAX_PORT}")
     return int(text)
 
 

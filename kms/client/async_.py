@@ -13,8 +13,8 @@ from typing import Self
 import trio
 
 from kms.client.known_server import KnownServer, has_not_spoken, loopback, pauses
-from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
-from kms.client.transport import advance, closed, refused, silent
+from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
+from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import ServerUnreachableError
 from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_LIST_LIMIT, REPLY_TIMEOUT, THROTTLE_PATIENCE
 from kms.wire.messages import KeyGroupView
@@ -39,7 +39,7 @@ class AsyncKmsClient:
         """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds."""
         self._requests = Requests(token, request_id)
         self._address = address
-        self._timeout = timeout
+        self._timeout = seconds("timeout", timeout)
         self._lock = trio.Lock()
         link.settimeout(0)
         self._link: socket.socket | None = link
@@ -55,12 +55,12 @@ class AsyncKmsClient:
         server_user: str | int | None = None,
     ) -> Self:
         """As `KmsClient.connect_unix`."""
-        known, address = KnownServer(server_user), os.fspath(path)
+        known, address = KnownServer(server_user), os.fsdecode(path)
 
         async def identify(link: socket.socket) -> None:
             known.check_unix(link, address)
 
-        return await cls._connect(partial(trio.open_unix_socket, path), identify, address, token, timeout, request_id)
+        return await cls._connect(partial(trio.open_unix_socket, address), identify, address, token, timeout, request_id)
 
     @classmethod
     async def connect_tcp(
@@ -74,7 +74,7 @@ class AsyncKmsClient:
         server_user: str | int | None = None,
     ) -> Self:
         """As `KmsClient.connect_tcp`."""
-        known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port}"
+        known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port_number(port)}"
 
         async def identify(link: socket.socket) -> None:
             for pause in pauses():
@@ -94,7 +94,7 @@ class AsyncKmsClient:
         reply_timeout: float,
         request_id: str | None,
     ) -> Self:
-        connect_timeout = min(reply_timeout, CONNECT_TIMEOUT)
+        connect_timeout = min(seconds("timeout", reply_timeout), CONNECT_TIMEOUT)
         with contextlib.ExitStack() as unless_known:
             try:
                 with trio.fail_after(connect_timeout):
@@ -135,30 +135,32 @@ class AsyncKmsClient:
         """As `KmsClient.health`."""
         return await self._one(self._requests.health())
 
-    async def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+    async def generate_data_key(self, key_id: str | None = None, aad: BytesLike = b"") -> DataKey:
         """As `KmsClient.generate_data_key`."""
         return await self._one(self._requests.generate_data_key(key_id, aad))
 
-    async def encrypt(self, plaintext: bytes, key_id: str | None = None, aad: bytes = b"") -> bytes:
+    async def encrypt(self, plaintext: BytesLike, key_id: str | None = None, aad: BytesLike = b"") -> bytes:
         """As `KmsClient.encrypt`."""
         return await self._one(self._requests.encrypt(plaintext, key_id, aad))
 
-    async def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+    async def decrypt(self, ciphertext: BytesLike, aad: BytesLike = b"", *, source_key_id: str | None = None) -> bytes:
         """As `KmsClient.decrypt`."""
         return await self._one(self._requests.decrypt(ciphertext, aad, source_key_id))
 
     async def reencrypt(
-        self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None
+        self, ciphertext: BytesLike, key_id: str, aad: BytesLike = b"", *, source_key_id: str | None = None
     ) -> bytes:
         """As `KmsClient.reencrypt`."""
         return await self._one(self._requests.reencrypt(ciphertext, key_id, aad, source_key_id))
 
-    async def encrypt_many(self, plaintexts: Iterable[bytes], key_id: str | None = None, aad: bytes = b"") -> list[bytes]:
+    async def encrypt_many(
+        self, plaintexts: Iterable[BytesLike], key_id: str | None = None, aad: BytesLike = b""
+    ) -> list[bytes]:
         """As `KmsClient.encrypt_many`."""
         return await self._run(self._requests.encrypt(plaintext, key_id, aad) for plaintext in plaintexts)
 
     async def decrypt_many(
-        self, ciphertexts: Iterable[bytes], aad: bytes = b"", *, source_key_id: str | None = None
+        self, ciphertexts: Iterable[BytesLike], aad: BytesLike = b"", *, source_key_id: str | None = None
     ) -> list[bytes]:
         """As `KmsClient.decrypt_many`."""
         return await self._run(self._requests.decrypt(ciphertext, aad, source_key_id) for ciphertext in ciphertexts)
@@ -215,6 +217,9 @@ class AsyncKmsClient:
             try:
                 has_not_spoken(self._link, self._address)
                 await self._drive(self._link, exchange)
+            except ServerUnreachableError as error:
+                self._close()
+                raise ended(error, exchange) from error.__cause__
             except BaseException:
                 self._close()
                 raise

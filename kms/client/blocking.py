@@ -12,8 +12,8 @@ from types import TracebackType
 from typing import Self
 
 from kms.client.known_server import KnownServer, has_not_spoken, loopback, pauses
-from kms.client.protocol import Call, DataKey, Exchange, Requests, T, Token
-from kms.client.transport import advance, closed, refused, silent
+from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
+from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import ServerUnreachableError
 from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_LIST_LIMIT, REPLY_TIMEOUT, THROTTLE_PATIENCE
 from kms.wire.messages import KeyGroupView
@@ -44,7 +44,7 @@ class KmsClient:
         """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds."""
         self._requests = Requests(token, request_id)
         self._address = address
-        self._timeout = timeout
+        self._timeout = seconds("timeout", timeout)
         self._lock = threading.Lock()
         link.settimeout(0)
         self._poll = select.poll()
@@ -67,16 +67,16 @@ class KmsClient:
         is not one of this user, of root, of the owner of the socket's directory, or of `server_user` (name or uid;
         `any` believes whoever it is).
         """
-        known = KnownServer(server_user)
+        known, address, connect_timeout = KnownServer(server_user), os.fsdecode(path), seconds("timeout", timeout)
         link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            link.settimeout(min(timeout, CONNECT_TIMEOUT))
-            link.connect(os.fspath(path))
-            known.check_unix(link, os.fspath(path))
-            return cls(link, str(path), token=token, timeout=timeout, request_id=request_id)
+            link.settimeout(min(connect_timeout, CONNECT_TIMEOUT))
+            link.connect(address)
+            known.check_unix(link, address)
+            return cls(link, address, token=token, timeout=timeout, request_id=request_id)
         except OSError as error:
             link.close()
-            raise ServerUnreachableError(refused(str(path), error)) from error
+            raise ServerUnreachableError(refused(address, error)) from error
         except BaseException:
             link.close()
             raise
@@ -97,8 +97,8 @@ class KmsClient:
         `UnknownServerError` when the server's process is not one of this user, of root, or of `server_user` (name or
         uid; `any` believes whoever it is), or when that cannot be known.
         """
-        known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port}"
-        connect_timeout = min(timeout, CONNECT_TIMEOUT)
+        known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port_number(port)}"
+        connect_timeout = min(seconds("timeout", timeout), CONNECT_TIMEOUT)
         deadline = time.monotonic() + connect_timeout
         try:
             link = socket.create_connection((host, port), connect_timeout)
@@ -139,15 +139,15 @@ class KmsClient:
         """`ok` when the server is at work and the token is right."""
         return self._one(self._requests.health())
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+    def generate_data_key(self, key_id: str | None = None, aad: BytesLike = b"") -> DataKey:
         """A fresh 256-bit data key, in the clear and wrapped under the group's active version."""
         return self._one(self._requests.generate_data_key(key_id, aad))
 
-    def encrypt(self, plaintext: bytes, key_id: str | None = None, aad: bytes = b"") -> bytes:
+    def encrypt(self, plaintext: BytesLike, key_id: str | None = None, aad: BytesLike = b"") -> bytes:
         """The ciphertext of a small secret (the whole request is at most 1 MiB by default)."""
         return self._one(self._requests.encrypt(plaintext, key_id, aad))
 
-    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+    def decrypt(self, ciphertext: BytesLike, aad: BytesLike = b"", *, source_key_id: str | None = None) -> bytes:
         """The plaintext; `DecryptionFailedError` whatever is wrong.
 
         A ciphertext names its key group itself. From somebody who might have chosen another one than was meant, take it
@@ -155,7 +155,9 @@ class KmsClient:
         """
         return self._one(self._requests.decrypt(ciphertext, aad, source_key_id))
 
-    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+    def reencrypt(
+        self, ciphertext: BytesLike, key_id: str, aad: BytesLike = b"", *, source_key_id: str | None = None
+    ) -> bytes:
         """The same plaintext under `key_id`'s active version; the plaintext never leaves the server.
 
         With `source_key_id` only if it was under that group: else whoever wrote it could have the secret of another moved
@@ -163,7 +165,7 @@ class KmsClient:
         """
         return self._one(self._requests.reencrypt(ciphertext, key_id, aad, source_key_id))
 
-    def encrypt_many(self, plaintexts: Iterable[bytes], key_id: str | None = None, aad: bytes = b"") -> list[bytes]:
+    def encrypt_many(self, plaintexts: Iterable[BytesLike], key_id: str | None = None, aad: BytesLike = b"") -> list[bytes]:
         """`encrypt` of each, in order and pipelined. On an error in one nothing is returned; the client stays usable.
 
         `plaintexts` must not use this client while it is iterated (`RuntimeError`).
@@ -171,7 +173,7 @@ class KmsClient:
         return self._run(self._requests.encrypt(plaintext, key_id, aad) for plaintext in plaintexts)
 
     def decrypt_many(
-        self, ciphertexts: Iterable[bytes], aad: bytes = b"", *, source_key_id: str | None = None
+        self, ciphertexts: Iterable[BytesLike], aad: BytesLike = b"", *, source_key_id: str | None = None
     ) -> list[bytes]:
         """`decrypt` of each, in order and pipelined; as `encrypt_many`."""
         return self._run(self._requests.decrypt(ciphertext, aad, source_key_id) for ciphertext in ciphertexts)
@@ -235,6 +237,9 @@ class KmsClient:
             try:
                 has_not_spoken(self._link, self._address)
                 self._drive(self._link, exchange)
+            except ServerUnreachableError as error:
+                self.close()
+                raise ended(error, exchange) from error.__cause__
             except BaseException:
                 # Replies may still come, KeyboardInterrupt included: the next exchange would take them for its own.
                 self.close()

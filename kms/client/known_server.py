@@ -118,6 +118,9 @@ def loopback(host: str) -> str:
     No name is looked up, since whoever answers for names would choose who is shown the token, and `localhost` may be
     ::1, where somebody else may listen.
     """
+    if not isinstance(host, str):
+        # A number would be an address, too.
+        raise TypeError(f"host has to be str, not {type(host).__name__}")
     if host == "localhost":
         return "127.0.0.1"
     try:
@@ -137,6 +140,8 @@ _NOT_LOOPBACK: Final = "not a loopback address; the protocol is not encrypted, u
 
 
 def _uid(user: str | int) -> int:
+    if isinstance(user, bool) or not isinstance(user, (str, int)):
+        raise TypeError(f"server_user has to be str or int, not {type(user).__name__}")
     if isinstance(user, int) or (user.isascii() and user.isdigit()):
         # The length first: a text of thousands of digits is no number for int().
         if isinstance(user, str) and len(user) > len(str(MAX_UNIX_ID)):

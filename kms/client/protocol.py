@@ -19,7 +19,8 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Final, Generic, NamedTuple, TypeVar
+from operator import index
+from typing import Final, Generic, NamedTuple, SupportsIndex, TypeVar
 
 import msgspec
 
@@ -31,14 +32,16 @@ from kms.errors import (
     FrameTooLargeError,
     InvalidRequestError,
     KmsError,
+    OutcomeUnknownError,
     ProtocolError,
     ThrottledError,
     WireError,
     from_wire,
 )
-from kms.limits import MAX_REPLY_BYTES, PIPELINE_DEPTH, READ_BYTES
+from kms.limits import MAX_REPLY_BYTES, MAX_VERSION, PIPELINE_DEPTH, READ_BYTES
 from kms.wire.framing import Framer
 from kms.wire.messages import (
+    OUTCOME_UNKNOWN,
     REQUEST_ID_RULE,
     CiphertextReply,
     CreateKeyGroup,
@@ -71,6 +74,7 @@ R = TypeVar("R", bound=Reply)
 T = TypeVar("T")
 
 Token = str | bytes | Secret
+BytesLike = bytes | bytearray | memoryview
 
 
 @dataclass(frozen=True)
@@ -93,10 +97,14 @@ class Page(NamedTuple):
 
 @dataclass(frozen=True)
 class Call(Generic[T]):
-    """One request: its `line` to send, and `read`, which turns the reply's line into the result or raises its error."""
+    """One request: its `line` to send, and `read`, which turns the reply's line into the result or raises its error.
+
+    `changes` says that it asks for a change of keys.
+    """
 
     line: bytes = field(repr=False)
     read: Callable[[bytes], T]
+    changes: bool = False
 
 
 class Requests:
@@ -107,8 +115,10 @@ class Requests:
     def __init__(self, token: Token, request_id: str | None = None) -> None:
         """`request_id` is what all of them are called in the server's logs. A `Secret` stays the caller's.
 
-        Raises `ConfigError` when the token is not UTF-8, as JSON cannot carry it then, or for a `request_id` that is none.
+        Raises `ConfigError` when the token is not UTF-8, as JSON cannot carry it then, or for a `request_id` that is none,
+        and `TypeError` for what is neither text nor bytes.
         """
+        _check_text("request_id", request_id, is_optional=True)
         if request_id is not None and not is_request_id(request_id):
             raise ConfigError(REQUEST_ID_RULE)
         self._request_id = request_id
@@ -118,9 +128,11 @@ class Requests:
                 self._token = token
             elif isinstance(token, bytes):
                 self._token = token.decode("utf-8")
-            else:
+            elif isinstance(token, Secret):
                 with token.view() as view:
                     self._token = str(view, "utf-8")
+            else:
+                raise TypeError(f"token has to be str or bytes, not {type(token).__name__}")
         except UnicodeError:
             raise ConfigError("the token is not UTF-8 text; is it the right file?") from None
 
@@ -130,29 +142,38 @@ class Requests:
     def health(self) -> Call[str]:
         return self._call(Health(), _detail)
 
-    def generate_data_key(self, key_id: str | None, aad: bytes) -> Call[DataKey]:
-        return self._call(GenerateDataKey(key_id=key_id, aad=aad or None), _data_key)
+    def generate_data_key(self, key_id: str | None, aad: BytesLike) -> Call[DataKey]:
+        _check_text("key_id", key_id, is_optional=True)
+        return self._call(GenerateDataKey(key_id=key_id, aad=_octets("aad", aad) or None), _data_key)
 
-    def encrypt(self, plaintext: bytes, key_id: str | None, aad: bytes) -> Call[bytes]:
-        request = Encrypt(plaintext=plaintext, key_id=key_id, aad=aad or None)
+    def encrypt(self, plaintext: BytesLike, key_id: str | None, aad: BytesLike) -> Call[bytes]:
+        _check_text("key_id", key_id, is_optional=True)
+        request = Encrypt(plaintext=_octets("plaintext", plaintext), key_id=key_id, aad=_octets("aad", aad) or None)
         return self._call(request, _ciphertext)
 
-    def decrypt(self, ciphertext: bytes, aad: bytes, source_key_id: str | None = None) -> Call[bytes]:
-        _check_source(ciphertext, source_key_id)
-        return self._call(Decrypt(ciphertext=ciphertext, source_key_id=source_key_id, aad=aad or None), _plaintext)
+    def decrypt(self, ciphertext: BytesLike, aad: BytesLike, source_key_id: str | None = None) -> Call[bytes]:
+        blob = _from_source(ciphertext, source_key_id)
+        request = Decrypt(ciphertext=blob, source_key_id=source_key_id, aad=_octets("aad", aad) or None)
+        return self._call(request, _plaintext)
 
-    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes, source_key_id: str | None = None) -> Call[bytes]:
-        _check_source(ciphertext, source_key_id)
-        request = ReEncrypt(ciphertext=ciphertext, source_key_id=source_key_id, key_id=key_id, aad=aad or None)
+    def reencrypt(
+        self, ciphertext: BytesLike, key_id: str, aad: BytesLike, source_key_id: str | None = None
+    ) -> Call[bytes]:
+        _check_text("key_id", key_id)
+        blob, aad = _from_source(ciphertext, source_key_id), _octets("aad", aad)
+        request = ReEncrypt(ciphertext=blob, source_key_id=source_key_id, key_id=key_id, aad=aad or None)
         return self._call(request, _ciphertext)
 
     def create_key_group(self, key_id: str) -> Call[KeyGroupView]:
+        _check_text("key_id", key_id)
         return self._call(CreateKeyGroup(key_id=key_id), _key_group)
 
     def rotate_key_group(self, key_id: str) -> Call[KeyGroupView]:
+        _check_text("key_id", key_id)
         return self._call(RotateKeyGroup(key_id=key_id), _key_group)
 
     def list_key_groups(self, usage: bool) -> Call[list[KeyGroupView]]:  # noqa: FBT001 - what `KmsClient` calls by name
+        _check_flag("usage", usage)
         return self._call(ListKeyGroups(usage=usage), _key_groups)
 
     def page_of_key_groups(
@@ -161,25 +182,32 @@ class Requests:
         page_size: int,
         next_token: str | None,
     ) -> Call[Page]:
-        return self._call(ListKeyGroups(usage=usage, limit=page_size, next_token=next_token), partial(_page, next_token))
+        _check_flag("usage", usage)
+        request = ListKeyGroups(usage=usage, limit=_number("page_size", page_size), next_token=next_token)
+        return self._call(request, partial(_page, next_token))
 
     def describe_key_group(self, key_id: str) -> Call[KeyGroupView]:
+        _check_text("key_id", key_id)
         return self._call(DescribeKeyGroup(key_id=key_id), _key_group)
 
     def disable_version(self, key_id: str, version: int, for_seconds: int | None) -> Call[str]:
-        request = DisableVersion(key_id=key_id, version=version, for_seconds=for_seconds)
+        _check_text("key_id", key_id)
+        seconds = None if for_seconds is None else _number("for_seconds", for_seconds)
+        request = DisableVersion(key_id=key_id, version=_number("version", version), for_seconds=seconds)
         return self._call(request, _detail if for_seconds is None else _timed_detail)
 
     def enable_version(self, key_id: str, version: int) -> Call[str]:
-        return self._call(EnableVersion(key_id=key_id, version=version), _detail)
+        _check_text("key_id", key_id)
+        return self._call(EnableVersion(key_id=key_id, version=_number("version", version)), _detail)
 
     def destroy_version(self, key_id: str, version: int) -> Call[str]:
-        return self._call(DestroyVersion(key_id=key_id, version=version), _detail)
+        _check_text("key_id", key_id)
+        return self._call(DestroyVersion(key_id=key_id, version=_number("version", version)), _detail)
 
     def _call(self, request: Request, read: Callable[[str | None, bytes], T]) -> Call[T]:
         request.token, request.request_id = self._token, self._request_id
         try:
-            return Call(encode(request) + b"\n", partial(read, self._request_id))
+            return Call(encode(request) + b"\n", partial(read, self._request_id), request.changes)
         except UnicodeEncodeError:
             # A name with a lone surrogate, which is what Python makes of a bad byte on the command line.
             raise InvalidRequestError("keyId: not UTF-8 text") from None
@@ -206,6 +234,7 @@ class Exchange(Generic[T]):
         self._patience = patience
         self._waited = 0.0
         self._pause = 0.0
+        self._has_sent = False
         self.is_over = False
         """The server ends the connection after this exchange."""
 
@@ -232,6 +261,12 @@ class Exchange(Generic[T]):
     def sent(self, count: int) -> None:
         """The first `count` bytes of `outgoing` have been sent."""
         self._unsent = self._unsent[count:]
+        self._has_sent = self._has_sent or count > 0
+
+    @property
+    def may_have_changed(self) -> bool:
+        """Whether a change of keys is under way, of which the server may have got the request, or a part of it."""
+        return self._has_sent and any(call.changes for _, call in self._under_way)
 
     def stop_sending(self) -> None:
         """Nothing can be sent any more; replies may still be on their way."""
@@ -254,7 +289,7 @@ class Exchange(Generic[T]):
                 self._refuse(error)
                 self.is_over = True
                 return
-            except WireError as error:
+            except (WireError, OutcomeUnknownError) as error:
                 self._refuse(error)
         if self._framer.too_large:
             raise ProtocolError(f"the server sent a reply of more than {MAX_REPLY_BYTES} bytes")
@@ -302,10 +337,43 @@ class Exchange(Generic[T]):
             self._error = error
 
 
-def _check_source(blob: bytes, source_key_id: str | None) -> None:
-    """Raise `DecryptionFailedError` unless `blob` names the group `source_key_id`: an older server would not look."""
+def _octets(name: str, value: BytesLike) -> bytes:
+    """`value` as bytes, or `TypeError`. Text is not taken: whether it was meant as itself or as base64, nobody knows."""
+    if type(value) is bytes:
+        return value
+    if isinstance(value, BytesLike):
+        return bytes(value)
+    hint = '; encode it, as in "text".encode()' if isinstance(value, str) else ""
+    raise TypeError(f"{name} has to be bytes, not {type(value).__name__}{hint}")
+
+
+def _check_text(name: str, value: object, *, is_optional: bool = False) -> None:
+    if not (isinstance(value, str) or (is_optional and value is None)):
+        raise TypeError(f"{name} has to be str{' or None' if is_optional else ''}, not {type(value).__name__}")
+
+
+def _check_flag(name: str, value: object) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} has to be bool, not {type(value).__name__}")
+
+
+def _number(name: str, value: SupportsIndex) -> int:
+    """`value` as an int, or `TypeError`; `InvalidRequestError` for one that no request can carry."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
+        raise TypeError(f"{name} has to be int, not {type(value).__name__}")
+    number = index(value)
+    if abs(number) > MAX_VERSION:
+        raise InvalidRequestError(f"{name}: out of range")
+    return number
+
+
+def _from_source(ciphertext: BytesLike, source_key_id: str | None) -> bytes:
+    """`ciphertext`; `DecryptionFailedError` unless it names the group `source_key_id`: an older server would not look."""
+    blob = _octets("ciphertext", ciphertext)
+    _check_text("source_key_id", source_key_id, is_optional=True)
     if source_key_id is not None and ciphertext_group(blob) != group_of(source_key_id):
         raise DecryptionFailedError
+    return blob
 
 
 def _detail(request_id: str | None, line: bytes) -> str:
@@ -378,6 +446,11 @@ def _decoded(decoder: msgspec.json.Decoder[R | ErrorReply], request_id: str | No
         raise ProtocolError("the server answered another request than this one; connect again")
     if isinstance(reply, ErrorReply):
         after = reply.retry_after_ms
-        error: KmsError = from_wire(reply.error_code, reply.message, None if after is None else after / 1000)
+        error: KmsError = from_wire(
+            reply.error_code,
+            reply.message,
+            None if after is None else after / 1000,
+            is_outcome_known=reply.outcome != OUTCOME_UNKNOWN,
+        )
         raise error
     return reply

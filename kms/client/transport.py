@@ -5,8 +5,8 @@ from __future__ import annotations
 import socket
 
 from kms.client.protocol import Exchange, T
-from kms.errors import ServerUnreachableError
-from kms.limits import READ_BYTES
+from kms.errors import ConfigError, KmsError, OutcomeUnknownError, ServerUnreachableError
+from kms.limits import MAX_PORT, MAX_TIMEOUT, READ_BYTES
 
 
 def advance(link: socket.socket, exchange: Exchange[T], address: str) -> bool:
@@ -43,6 +43,24 @@ def _send(link: socket.socket, exchange: Exchange[T]) -> bool:
     return False
 
 
+def seconds(name: str, value: float) -> float:
+    """`value`, or `TypeError` for what is no number; `ConfigError` for one that is no time."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} has to be a number of seconds, not {type(value).__name__}")
+    if not 0 < value <= MAX_TIMEOUT:
+        raise ConfigError(f"{name}: has to be more than 0 s, and at most {MAX_TIMEOUT} s")
+    return value
+
+
+def port_number(value: int) -> int:
+    """`value`, or `TypeError` for what is no int; `ConfigError` for one that is no port."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"port has to be int, not {type(value).__name__}")
+    if not 1 <= value <= MAX_PORT:
+        raise ConfigError(f"port: is outside of 1 to {MAX_PORT}")
+    return value
+
+
 def broken(address: str, reason: str | None) -> str:
     """The message for a connection that broke."""
     return f"the connection to {address} broke: {reason}; connect again (is kms-server running?)"
@@ -53,6 +71,13 @@ def refused(address: str, error: OSError) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no socket {address}; start kms-server, or say where it is (--unix, --tcp)"
     return f"no server answers at {address}: {error.strerror or error}; is kms-server running?"
+
+
+def ended(error: ServerUnreachableError, exchange: Exchange[T]) -> KmsError:
+    """What a connection that broke means for who was in the middle of `exchange`."""
+    if not exchange.may_have_changed:
+        return error
+    return OutcomeUnknownError(f"{error}. Whether the change was made is not known: look before asking again")
 
 
 def silent(address: str, timeout: float) -> str:

@@ -91,12 +91,15 @@ def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfi
             f"--no-principals: there is a file {principals or data / 'principals.toml'}; leave one of them out"
         )
     audit_log = source.optional_path("audit_log", None)
-    metrics_port, metrics_groups = source.optional_number("metrics_port", 0, 65535), bool(flags.get("metrics_groups"))
+    metrics_port, metrics_groups = (
+        source.optional_number("metrics_port", 0, limits.MAX_PORT),
+        bool(flags.get("metrics_groups")),
+    )
     _check_metrics(metrics_port, groups=metrics_groups)
     credentials = environ.get("CREDENTIALS_DIRECTORY")
     credential = _if_exists(Path(credentials) / "passphrase") if credentials else None
     return ServerConfig(
-        tcp_port=None if no_tcp else source.number("tcp_port", limits.DEFAULT_TCP_PORT, 0, 65535),
+        tcp_port=None if no_tcp else source.number("tcp_port", limits.DEFAULT_TCP_PORT, 0, limits.MAX_PORT),
         unix_socket=unix_socket,
         unix_socket_gid=None if no_unix else source.group("unix_socket_group"),
         keystore=source.path("keystore", data / "keystore.json"),

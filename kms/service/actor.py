@@ -181,7 +181,7 @@ class KeyringActor:
             return
         except BaseException:
             for submission in applied:
-                submission.answer = InternalError("internal error")
+                submission.answer = InternalError("internal error").of_unknown_outcome()
             raise
         previous, self.current = self.current, saved
         # Nothing but a destroyed version drops a key; to look through all others took 60 us for each rotation.
@@ -197,7 +197,7 @@ def _answer_to_all(error: KmsError) -> KmsError:
         return InternalError("the keystore could not be saved; nothing was changed")
     if isinstance(error, KeystoreReplacedError):
         return InternalError("the keystore is not this server's any more; nothing was changed, and it stops")
-    return InternalError("the outcome of the save is unknown; the server stops")
+    return InternalError("the outcome of the save is unknown; the server stops").of_unknown_outcome()
 
 
 _one_at_a_time: Final = trio.CapacityLimiter(math.inf)

@@ -38,6 +38,7 @@ from kms.service.quotas import Limits, Quotas
 from kms.service.refusals import Refusals
 from kms.service.served import Observer, Peer, Served, Turn, UsageCounter
 from kms.wire.messages import (
+    OUTCOME_UNKNOWN,
     ErrorReply,
     Reply,
     Request,
@@ -272,6 +273,8 @@ class Session:
         if not isinstance(error, WireError):
             log_bug(f"unexpected error in {request.operation.value}", error)
             error = InternalError("internal error; the server's log has the details")
+            if request.changes:
+                error = error.of_unknown_outcome()
         served = Served(self._peer, number, request, type(request), principal, None, error, began, request.request_id)
         return self._refuse(served, error, has_begun=has_begun)
 
@@ -302,6 +305,10 @@ class Session:
             try:
                 trail.finish(served)
             except UnavailableError as error:
+                if served.error is None:
+                    error = UnavailableError(f"the change is made, but not on record yet: {error}").of_unknown_outcome()
+                elif not served.error.is_outcome_known:
+                    error = error.of_unknown_outcome()
                 reply, is_reply = _error_reply(error, served), False
         line = encode(reply)
         self.turn.append((line, waits_for))
@@ -310,7 +317,8 @@ class Session:
 
 def _error_reply(error: WireError, served: Served) -> ErrorReply:
     after = math.ceil(error.retry_after * 1000) if isinstance(error, ThrottledError) else None
-    return ErrorReply(error.code, str(error), after, request_id=served.request_id)
+    outcome = None if error.is_outcome_known else OUTCOME_UNKNOWN
+    return ErrorReply(error.code, str(error), after, outcome, request_id=served.request_id)
 
 
 def _named(reply: Reply, request_id: str) -> Reply:

@@ -81,10 +81,11 @@ class Trials:
             trial = self._usage.end(name) if name in self._usage.running else None
             try:
                 await self._save()
-            except WireError:
-                if trial is not None:
-                    self._usage.resume(name, trial)
-                    self._changed.set()
+            except WireError as error:
+                if trial is None:
+                    raise error.of_unknown_outcome() from None
+                self._usage.resume(name, trial)
+                self._changed.set()
                 raise
             if trial is not None:
                 _report(name, trial, "stays disabled")

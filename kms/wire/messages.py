@@ -37,6 +37,8 @@ class Request(Struct, tag_field="type", rename="camel", kw_only=True):
 
     operation: ClassVar[Operation]
     plane: ClassVar[Plane]
+    changes: ClassVar[bool] = False
+    """Whether it asks for a change of keys, which must not be made twice unseen."""
 
     token: str = ""
     request_id: str | None = None
@@ -95,15 +97,18 @@ class GroupRequest(ControlRequest, rename="camel", kw_only=True):
 
 
 class VersionRequest(GroupRequest, rename="camel", kw_only=True):
+    changes: ClassVar[bool] = True
     version: Version
 
 
 class CreateKeyGroup(GroupRequest, tag="CreateKeyGroup"):
     operation: ClassVar[Operation] = Operation.CREATE_KEY_GROUP
+    changes: ClassVar[bool] = True
 
 
 class RotateKeyGroup(GroupRequest, tag="RotateKeyGroup"):
     operation: ClassVar[Operation] = Operation.ROTATE_KEY_GROUP
+    changes: ClassVar[bool] = True
 
 
 class ListKeyGroups(ControlRequest, tag="ListKeyGroups", rename="camel", kw_only=True):
@@ -211,12 +216,19 @@ class KeyGroupsReply(Reply, tag="ok", rename="camel"):
     next_token: str | None = None
 
 
+OUTCOME_UNKNOWN: Final = "unknown"
+
+
 class ErrorReply(Reply, tag="error", rename="camel"):
-    """`retry_after_ms`, of what was asked for too often, is after how many milliseconds it may be asked again."""
+    """`retry_after_ms`, of what was asked for too often, is after how many milliseconds it may be asked again.
+
+    `outcome` is OUTCOME_UNKNOWN for a change that may have been made all the same.
+    """
 
     error_code: str
     message: str
     retry_after_ms: Annotated[int, Meta(ge=0)] | None = None
+    outcome: str | None = None
 
 
 class _Head(Struct):
