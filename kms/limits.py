@@ -192,6 +192,12 @@ MAX_TIMEOUT: Final = 24 * 3600
 """What a client may be told to wait for a reply: a day. A poll takes its milliseconds as 32 bits."""
 MAX_REPLY_BYTES: Final = 1 << 27
 """`ListKeyGroups` of a large keyring is the largest reply."""
+MAX_CLIENT_CONNECTIONS: Final = 64
+"""Of one client: calls of so many threads at once. A server has 256 for all."""
+IDLE_SECONDS: Final = 25.0
+"""How long a client keeps a connection that it does not use. A server keeps it for 30."""
+RECONNECT_SECONDS: Final = 5.0
+"""For how long a client tries to connect again: a server that is restarted takes a second or two."""
 THROTTLE_PATIENCE: Final = 20.0
 """For how long a client waits to send again what was throttled. Less than a server's idle time, after which it would close
 the connection."""

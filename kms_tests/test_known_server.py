@@ -254,7 +254,7 @@ def test_a_server_that_speaks_first_is_none(monkeypatch: pytest.MonkeyPatch) -> 
     imposter.start()
     with imposter.listening:
         client = KmsClient.connect_tcp(port=imposter.port, token="t0ken")
-        while not _has_come(client._link):
+        while not _has_come(client._links._new):
             pass
         with pytest.raises(UnknownServerError, match="before it was asked"):
             client.health()

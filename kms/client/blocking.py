@@ -5,27 +5,32 @@ from __future__ import annotations
 import os
 import select
 import socket
-import threading
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from types import TracebackType
 from typing import Self
 
-from kms.client.known_server import KnownServer, has_not_spoken, loopback, pauses
+from kms.client.known_server import KnownServer, loopback, pauses
+from kms.client.links import Connect, Links
 from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
-from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
+from kms.client.transport import advance, ended, port_number, refused, seconds, silent
 from kms.errors import ServerUnreachableError
 from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_LIST_LIMIT, REPLY_TIMEOUT, THROTTLE_PATIENCE
 from kms.wire.messages import KeyGroupView
 
 
 class KmsClient:
-    """One connection to a server, for one thread at a time. Make it with `connect_unix` or `connect_tcp`.
+    """A client for any number of threads, before and after a fork. Make it with `connect_unix` or `connect_tcp`.
 
-    Every method raises the `WireError` the server answers with (`AuthFailedError`, `InvalidRequestError`, ...);
-    `ServerUnreachableError` when the connection breaks or the server is silent for `timeout` seconds; `ProtocolError`
-    for a reply that is none. After the last two, and after `FrameTooLargeError`, the client is closed. A call that the
-    server throttles is sent again when it says; `ThrottledError` when that takes longer than 20 s, or `timeout`.
+    Every method raises the `WireError` the server answers with (`AuthFailedError`, `InvalidRequestError`, ...), and
+    `ServerUnreachableError` when the server cannot be reached, or has not answered within `timeout` seconds, which is for
+    the whole call (of many, for each next one); `ProtocolError` for a reply that is none. A call that the server throttles
+    is sent again when it says; `ThrottledError` when that takes longer than 20 s, or `timeout`.
+
+    Connections are made as they are needed, kept, looked at before they are used, and left when they were idle for 25
+    seconds. When one breaks, what was not answered is sent again once, on a new one; it may be counted and recorded twice.
+    A change of keys is only if nothing of it was sent: else `OutcomeUnknownError`.
 
     Plaintexts, ciphertexts and `aad` are raw bytes. `aad` is authenticated, not stored: decryption needs the same.
     A `key_id` of None is the group `default`. `request_id`, 1 to 64 printable characters, is what all that the client asks
@@ -40,16 +45,17 @@ class KmsClient:
         token: Token,
         timeout: float = REPLY_TIMEOUT,
         request_id: str | None = None,
+        connect: Connect | None = None,
     ) -> None:
-        """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds."""
+        """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds.
+
+        Without `connect`, which makes others, it is the only one.
+        """
         self._requests = Requests(token, request_id)
         self._address = address
         self._timeout = seconds("timeout", timeout)
-        self._lock = threading.Lock()
         link.settimeout(0)
-        self._poll = select.poll()
-        self._poll.register(link)
-        self._link: socket.socket | None = link
+        self._links = Links(address, connect, link)
 
     @classmethod
     def connect_unix(
@@ -67,19 +73,8 @@ class KmsClient:
         is not one of this user, of root, of the owner of the socket's directory, or of `server_user` (name or uid;
         `any` believes whoever it is).
         """
-        known, address, connect_timeout = KnownServer(server_user), os.fsdecode(path), seconds("timeout", timeout)
-        link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            link.settimeout(min(connect_timeout, CONNECT_TIMEOUT))
-            link.connect(address)
-            known.check_unix(link, address)
-            return cls(link, address, token=token, timeout=timeout, request_id=request_id)
-        except OSError as error:
-            link.close()
-            raise ServerUnreachableError(refused(address, error)) from error
-        except BaseException:
-            link.close()
-            raise
+        address = os.fsdecode(path)
+        return cls._connected(partial(_unix, address, KnownServer(server_user)), address, token, timeout, request_id)
 
     @classmethod
     def connect_tcp(
@@ -98,33 +93,21 @@ class KmsClient:
         uid; `any` believes whoever it is), or when that cannot be known.
         """
         known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port_number(port)}"
-        connect_timeout = min(seconds("timeout", timeout), CONNECT_TIMEOUT)
-        deadline = time.monotonic() + connect_timeout
+        return cls._connected(partial(_tcp, host, port, known, address), address, token, timeout, request_id)
+
+    @classmethod
+    def _connected(cls, connect: Connect, address: str, token: Token, timeout: float, request_id: str | None) -> Self:
+        # Now, so that a server which is not there is known to whoever makes the client, and not to its first call.
+        link = connect(seconds("timeout", timeout))
         try:
-            link = socket.create_connection((host, port), connect_timeout)
-        except OSError as error:
-            raise ServerUnreachableError(refused(address, error)) from error
-        try:
-            for pause in pauses():
-                if known.is_tcp_known(link, address):
-                    break
-                if time.monotonic() + pause >= deadline:
-                    raise ServerUnreachableError(silent(address, connect_timeout))
-                time.sleep(pause)
-            link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            return cls(link, address, token=token, timeout=timeout, request_id=request_id)
-        except OSError as error:
-            link.close()
-            raise ServerUnreachableError(refused(address, error)) from error
+            return cls(link, address, token=token, timeout=timeout, request_id=request_id, connect=connect)
         except BaseException:
             link.close()
             raise
 
     def close(self) -> None:
-        """Close the connection. Closing twice does nothing more."""
-        link, self._link = self._link, None
-        if link is not None:
-            link.close()
+        """Close all connections; a call under way in another thread fails. Closing twice does nothing more."""
+        self._links.close()
 
     def __enter__(self) -> Self:
         return self
@@ -166,10 +149,7 @@ class KmsClient:
         return self._one(self._requests.reencrypt(ciphertext, key_id, aad, source_key_id))
 
     def encrypt_many(self, plaintexts: Iterable[BytesLike], key_id: str | None = None, aad: BytesLike = b"") -> list[bytes]:
-        """`encrypt` of each, in order and pipelined. On an error in one nothing is returned; the client stays usable.
-
-        `plaintexts` must not use this client while it is iterated (`RuntimeError`).
-        """
+        """`encrypt` of each, in order and pipelined. On an error in one nothing is returned; the client stays usable."""
         return self._run(self._requests.encrypt(plaintext, key_id, aad) for plaintext in plaintexts)
 
     def decrypt_many(
@@ -227,38 +207,91 @@ class KmsClient:
         return self._run((call,))[0]
 
     def _run(self, calls: Iterable[Call[T]]) -> list[T]:
-        # Two exchanges at once would take each other's replies, which may be keys.
-        if not self._lock.acquire(blocking=False):
-            raise RuntimeError("this client is in the middle of an exchange; use one client for each thread")
-        try:
-            if self._link is None:
-                raise ServerUnreachableError(closed(self._address))
-            exchange = Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
+        exchange = Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
+        deadline = time.monotonic() + self._timeout
+        link = self._links.take(deadline)
+        while True:
             try:
-                has_not_spoken(self._link, self._address)
-                self._drive(self._link, exchange)
+                self._drive(link, exchange, deadline)
+            except TimeoutError:
+                self._links.drop(link)
+                raise ended(ServerUnreachableError(silent(self._address, self._timeout)), exchange) from None
             except ServerUnreachableError as error:
-                self.close()
-                raise ended(error, exchange) from error.__cause__
+                self._links.drop(link)
+                if not (self._links.has_others and exchange.begin_again()):
+                    raise ended(error, exchange) from error.__cause__
             except BaseException:
                 # Replies may still come, KeyboardInterrupt included: the next exchange would take them for its own.
-                self.close()
+                self._links.drop(link)
                 raise
-            if exchange.is_over:
-                self.close()
-            return exchange.results()
-        finally:
-            self._lock.release()
+            else:
+                break
+            link = self._links.take(deadline, anew=True)
+        if exchange.is_over:
+            self._links.drop(link)
+        else:
+            self._links.give_back(link)
+        return exchange.results()
 
-    def _drive(self, link: socket.socket, exchange: Exchange[T]) -> None:
+    def _drive(self, link: socket.socket, exchange: Exchange[T], deadline: float) -> None:
+        poll, answered = select.poll(), 0
+        poll.register(link, select.POLLIN)
         while True:
             waits_to_send = advance(link, exchange, self._address)
             if exchange.is_done:
                 return
+            if exchange.answered != answered:
+                # Of many, each next one has its time.
+                answered, deadline = exchange.answered, time.monotonic() + self._timeout
             if exchange.pause:
                 time.sleep(exchange.pause)
                 exchange.resume()
+                deadline = time.monotonic() + self._timeout
                 continue
-            self._poll.modify(link, select.POLLIN | (select.POLLOUT if waits_to_send else 0))
-            if not self._poll.poll(self._timeout * 1000):
-                raise ServerUnreachableError(silent(self._address, self._timeout))
+            poll.modify(link, select.POLLIN | (select.POLLOUT if waits_to_send else 0))
+            left = deadline - time.monotonic()
+            if left <= 0 or not poll.poll(left * 1000):
+                raise TimeoutError
+
+
+def _unix(path: str, known: KnownServer, within: float) -> socket.socket:
+    """A connection to the Unix socket at `path`."""
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        link.settimeout(min(within, CONNECT_TIMEOUT))
+        link.connect(path)
+        known.check_unix(link, path)
+        link.settimeout(0)
+        return link
+    except OSError as error:
+        link.close()
+        raise ServerUnreachableError(refused(path, error)) from error
+    except BaseException:
+        link.close()
+        raise
+
+
+def _tcp(host: str, port: int, known: KnownServer, address: str, within: float) -> socket.socket:
+    """A connection over TCP."""
+    connect_timeout = min(within, CONNECT_TIMEOUT)
+    deadline = time.monotonic() + connect_timeout
+    try:
+        link = socket.create_connection((host, port), connect_timeout)
+    except OSError as error:
+        raise ServerUnreachableError(refused(address, error)) from error
+    try:
+        for pause in pauses():
+            if known.is_tcp_known(link, address):
+                break
+            if time.monotonic() + pause >= deadline:
+                raise ServerUnreachableError(silent(address, connect_timeout))
+            time.sleep(pause)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        link.settimeout(0)
+        return link
+    except OSError as error:
+        link.close()
+        raise ServerUnreachableError(refused(address, error)) from error
+    except BaseException:
+        link.close()
+        raise

@@ -8,6 +8,8 @@ so an `Exchange` holds the calls under way in a queue and gives each reply to th
   usable, and then the first refusal is raised.
 - A call that is throttled was not done. It is sent again after the time that the server says, and half as many are under
   way from then on; when waiting would take longer than `patience` with nothing done meanwhile, it is refused.
+- Where a connection breaks, what was not answered may be sent again on another, once (`begin_again`); a change of keys only
+  if nothing of it was sent.
 - FrameTooLarge is the last thing a server says: the exchange ends there, and with it the connection.
 - A reply nobody asked for, too long, of the wrong form, or that names another request is a `ProtocolError`: nothing
   after it can be attributed.
@@ -235,12 +237,15 @@ class Exchange(Generic[T]):
         self._waited = 0.0
         self._pause = 0.0
         self._has_sent = False
+        self._is_stuck = False
+        self._is_repeated = False
         self.is_over = False
         """The server ends the connection after this exchange."""
 
     @property
     def is_done(self) -> bool:
-        return self.is_over or not (self._has_more or self._again or self._unsent or self._under_way)
+        to_send = self._unsent or ((self._has_more or self._again) and not self._is_stuck)
+        return self.is_over or not (to_send or self._under_way)
 
     @property
     def pause(self) -> float:
@@ -254,7 +259,7 @@ class Exchange(Generic[T]):
 
     def outgoing(self) -> memoryview:
         """What to send next; empty when there is nothing, or when replies must come first."""
-        if not self._unsent and not self._pause and (self._has_more or self._again):
+        if not self._unsent and not self._pause and not self._is_stuck and (self._has_more or self._again):
             self._unsent = memoryview(b"".join(self._next_lines()))
         return self._unsent
 
@@ -271,8 +276,28 @@ class Exchange(Generic[T]):
     def stop_sending(self) -> None:
         """Nothing can be sent any more; replies may still be on their way."""
         self._unsent = memoryview(b"")
-        self._has_more = False
-        self._again.clear()
+        self._is_stuck = True
+
+    def begin_again(self) -> bool:
+        """The connection broke: be ready to send what was not answered on another. False where that must not be.
+
+        A request that changes nothing may be counted and recorded twice then. One that changes keys is not sent twice.
+        """
+        if self._is_repeated or self._error is not None or self.may_have_changed:
+            return False
+        self._is_repeated = True
+        self._again.extendleft(reversed(self._under_way))
+        self._under_way.clear()
+        self._unsent = memoryview(b"")
+        self._framer = Framer(MAX_REPLY_BYTES)
+        self._is_stuck = self._has_sent = False
+        self._pause = 0.0
+        return True
+
+    @property
+    def answered(self) -> int:
+        """How many calls have their results."""
+        return len(self._results)
 
     def received(self, data: bytes) -> None:
         """Take what was read; raises `ProtocolError`, after which the connection is of no use."""

@@ -2,7 +2,8 @@
 
     python -m kms_tests.faults.program MUTANT NAME ARGUMENT...
 
-A mutant breaks one rule of a durable save; `sound` breaks none. `load` as the name only loads the keystore ARGUMENT.
+A mutant breaks one rule of a durable save; `sound` breaks none. `load` as the name only loads the keystore ARGUMENT, and
+`raise` raises its costs, as the start of a server does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from kms.host import durable, private
 from kms.host.durable import DurableFile
 
 TINY: Final = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
+CHEAP: Final = "from kms.core.derive import KdfParameters; KdfParameters.__init__.__defaults__ = (8, 1, 1)"
+"""What a real server does not raise the costs of."""
 
 
 def _no_fsync_of_the_file() -> None:
@@ -90,6 +93,15 @@ def _load(keystore: Path) -> int:
     return 0
 
 
+def _raise(keystore: Path) -> int:
+    from kms.core.secret import Secret
+    from kms.storage import file
+
+    with file.KeystoreLock(keystore) as lock:
+        passphrase = Secret(bytearray(os.environb[b"MINIKMS_PASSPHRASE"]))
+        return 0 if file.raise_costs(lock, passphrase, parameters=KdfParameters(16, 1, 1)) else 1
+
+
 def main(arguments: list[str]) -> int:
     mutant, name, *rest = arguments
     if mutant != "sound":
@@ -98,6 +110,8 @@ def main(arguments: list[str]) -> int:
     derive.KdfParameters = lambda *costs: KdfParameters(*costs) if costs else TINY  # type: ignore[assignment,misc]
     if name == "load":
         return _load(Path(rest[0]))
+    if name == "raise":
+        return _raise(Path(rest[0]))
     from importlib import import_module
 
     return int(import_module(f"kms.cli.{name}").main(rest))

@@ -113,7 +113,7 @@ def _old_or_new(
 
 def _record_server(machine: Machine, request: dict[str, object]) -> list[Call]:
     """What a real server calls to answer `request`."""
-    server = machine.start()
+    server = machine.start(change=program.CHEAP)
     log = machine.root / "calls"
     with server.unix() as wire:
         wire.ask(type="Health", token=machine.api_token)
@@ -145,6 +145,20 @@ def test_a_power_cut_in_a_save_of_the_server_leaves_the_old_or_the_new_keystore(
     new = machine.keystore.read_bytes()
     verdict = check(Disk(machine.data, before), calls, _old_or_new("keystore.json", old, new), how, scratch)
     print(f"{name}: {verdict.states} states")
+    assert verdict.bad is None
+
+
+def test_a_power_cut_while_the_costs_of_a_migrated_keystore_are_raised_leaves_the_old_or_the_new_one(
+    machine: Machine, how: Thorough, scratch: Path
+) -> None:
+    keystores.make(machine.keystore, format_2=True)
+    old = machine.keystore.read_bytes()
+    before = disk.read(machine.data)
+    calls = _record(machine, "raise", str(machine.keystore))
+    new = machine.keystore.read_bytes()
+    assert b'"formatVersion":3' in new
+    verdict = check(Disk(machine.data, before), calls, _old_or_new("keystore.json", old, new), how, scratch)
+    print(f"raised costs: {verdict.states} states")
     assert verdict.bad is None
 
 

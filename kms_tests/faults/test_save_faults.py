@@ -27,6 +27,7 @@ import pytest
 from kms.host.durable import TEMP_MARK
 from kms_tests.faults import keystores, program, strace
 from kms_tests.faults.keystores import BEFORE, MUTATIONS, NEW_PASSPHRASE, Mutation, Table
+from kms_tests.faults.program import CHEAP
 from kms_tests.faults.strace import Call, Fault
 from kms_tests.integration.processes import DEADLINE, PASSPHRASE, Machine, Server, Wire
 
@@ -102,7 +103,7 @@ class Subject:
 
     def _start(self) -> Server:
         self.disconnect()
-        self.server = self.machine.start()
+        self.server = self.machine.start(change=CHEAP)
         self._wire = self.server.unix()
         self._blob = self._blob or self._data("Encrypt", plaintext="c2VjcmV0")["ciphertext"]
         assert self._data("Decrypt", ciphertext=self._blob)["plaintext"] == "c2VjcmV0"

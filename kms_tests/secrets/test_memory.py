@@ -37,10 +37,10 @@ KEEPS_A_COPY = """
 import sys
 from kms.server import daemon
 unlock = daemon._unlock
-def keep(lock, passphrase, parameters, say):
+def keep(config, lock, passphrase, *rest):
     global copy
     copy = bytes(passphrase.view())
-    return unlock(lock, passphrase, parameters, say)
+    return unlock(config, lock, passphrase, *rest)
 daemon._unlock = keep
 from kms.cli.server import main
 sys.exit(main())

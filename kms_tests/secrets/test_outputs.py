@@ -13,6 +13,7 @@ import traceback
 from base64 import b64decode, b64encode
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -43,11 +44,16 @@ WIRE_CODES: Final = {
     "FrameTooLarge",
     "InternalError",
     "Unavailable",
+    "Throttled",
+    "LimitExceeded",
 }
+LIMITS: Final = {"Throttled", "LimitExceeded"}
+"""The codes for a principal of a file."""
 PLAINTEXT: Final = text("plaintext")
 API_TOKEN: Final = text("api-token")
 ADMIN_TOKEN: Final = text("admin-token")
 WRONG_TOKEN: Final = text("wrong-token")
+LIMITED_TOKEN: Final = text("limited-token")
 PASSPHRASE: Final = text("passphrase")
 WRONG_PASSPHRASE: Final = text("wrong-passphrase")
 
@@ -150,7 +156,7 @@ def secret_machine(canary_template: Machine) -> Iterator[Machine]:
 
 @pytest.fixture
 def watch(canary_template: Machine) -> Watch:
-    words = (PLAINTEXT, API_TOKEN, ADMIN_TOKEN, WRONG_TOKEN, PASSPHRASE, WRONG_PASSPHRASE)
+    words = (PLAINTEXT, API_TOKEN, ADMIN_TOKEN, WRONG_TOKEN, LIMITED_TOKEN, PASSPHRASE, WRONG_PASSPHRASE)
     return Watch({word: word.encode() for word in words} | true_keys(canary_template.keystore, PASSPHRASE))
 
 
@@ -200,6 +206,25 @@ def go_through_every_refusal(watch: Watch, server: Server) -> None:
         watch.heard(wire.reply())
 
 
+def go_through_the_limits(watch: Watch, server: Server) -> None:
+    """What a principal is told that may make no key group, and ask one thing in a quarter of an hour."""
+    with server.tcp() as wire:
+        for _ in range(2):
+            watch.ask(wire, type="CreateKeyGroup", token=LIMITED_TOKEN, keyId="made")
+
+
+LIMITED: Final = f"""
+[principals.limited]
+token_sha256 = ["{sha256(LIMITED_TOKEN.encode()).hexdigest()}"]
+[[principals.limited.allow]]
+groups = ["*"]
+operations = ["CreateKeyGroup"]
+[principals.limited.limits]
+requests_per_second = 0.001
+groups = 0
+"""
+
+
 def go_through_what_is_not_on_record(watch: Watch, server: Server) -> None:
     """The audit log of all that went before, and requests once it cannot be written."""
     log = server.machine.data / "audit.log"
@@ -217,9 +242,12 @@ every_format = pytest.mark.parametrize("log_format", LOG_FORMATS)
 
 @every_format
 def test_a_server_says_no_secret_whatever_it_is_asked(secret_machine: Machine, watch: Watch, log_format: str) -> None:
-    log = secret_machine.data / "audit.log"
+    log, principals = secret_machine.data / "audit.log", secret_machine.data / "principals.toml"
+    principals.touch(0o600)
+    principals.write_text(LIMITED, encoding="ascii")
     server = secret_machine.start("--log-format", log_format, "--audit-log", str(log))
     go_through_every_refusal(watch, server)
+    go_through_the_limits(watch, server)
     go_through_what_is_not_on_record(watch, server)
     watch.look_at(server)
     assert watch.codes == WIRE_CODES - {"Unauthorized", "InternalError"}
@@ -238,7 +266,7 @@ def test_a_server_with_bugs_and_a_strict_policy_says_no_secret_either(
         go_through_what_is_not_on_record(watch, server)
         # The launcher's own text stands in the command line; it has no canary.
         watch.look_at(server)
-    assert watch.codes == WIRE_CODES
+    assert watch.codes == WIRE_CODES - LIMITS
     for kind in ("RuntimeError", "ValueError"):
         assert kind in server.stderr, "the log does not tell what broke"
     watch.assert_nothing_leaked()
