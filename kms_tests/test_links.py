@@ -162,11 +162,14 @@ def test_one_that_was_idle_for_long_is_not_used_again(monkeypatch: pytest.Monkey
     with door.client() as client:
         client.health()
         monkeypatch.setattr(links_module, "IDLE_SECONDS", 0.0)
+        monkeypatch.setattr(links_module, "_MOMENT", 0.0)
         client.health()
     assert door.connected == 2
 
 
-def test_one_that_spoke_while_nobody_asked_is_not_used_again() -> None:
+def test_one_that_spoke_while_nobody_asked_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(links_module, "_MOMENT", 0.0)
+
     def speaks(link: socket.socket) -> None:
         with link.makefile("rb") as lines:
             for line in lines:
@@ -267,7 +270,7 @@ def test_who_closes_a_client_ends_the_calls_of_others() -> None:
 
 def test_more_calls_than_connections_wait_for_each_other_and_not_for_ever() -> None:
     door = Door(quiet)
-    links = Links("test", door.connect, door.connect(1), most=2)
+    links = Links("test", door.connect, door.connect(1), timeout=1, most=2)
     first, second = links.take(time.monotonic() + 1), links.take(time.monotonic() + 1)
     with pytest.raises(ServerUnreachableError, match="all 2 connections to test are in use"):
         links.take(time.monotonic() + 0.02)
@@ -337,7 +340,7 @@ def test_a_child_works_though_a_thread_of_its_parent_held_the_lock_and_a_connect
         held, done = threading.Event(), threading.Event()
 
         def hold() -> None:
-            with links._changed:
+            with links._lock:
                 held.set()
                 done.wait()
 

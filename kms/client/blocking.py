@@ -15,8 +15,16 @@ from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Connect, Links
 from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, ended, port_number, refused, seconds, silent
-from kms.errors import ServerUnreachableError
-from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_LIST_LIMIT, REPLY_TIMEOUT, THROTTLE_PATIENCE
+from kms.errors import KmsError, ServerUnreachableError
+from kms.limits import (
+    CONNECT_TIMEOUT,
+    DEFAULT_TCP_HOST,
+    DEFAULT_TCP_PORT,
+    MAX_LIST_LIMIT,
+    READ_BYTES,
+    REPLY_TIMEOUT,
+    THROTTLE_PATIENCE,
+)
 from kms.wire.messages import KeyGroupView
 
 
@@ -54,8 +62,7 @@ class KmsClient:
         self._requests = Requests(token, request_id)
         self._address = address
         self._timeout = seconds("timeout", timeout)
-        link.settimeout(0)
-        self._links = Links(address, connect, link)
+        self._links = Links(address, connect, link, timeout=self._timeout)
 
     @classmethod
     def connect_unix(
@@ -204,12 +211,40 @@ class KmsClient:
         return self._one(self._requests.destroy_version(key_id, version))
 
     def _one(self, call: Call[T]) -> T:
-        return self._run((call,))[0]
+        """The result of one call, which mostly takes one send and one receive."""
+        deadline = time.monotonic() + self._timeout
+        link = self._links.take(deadline, looks=call.changes)
+        sent, data = 0, b""
+        try:
+            try:
+                sent = link.send(call.line)
+                if sent == len(call.line):
+                    data = link.recv(READ_BYTES)
+                    if data.find(b"\n") == len(data) - 1 and data:
+                        result = call.read(data[:-1])
+                        self._links.give_back(link)
+                        return result
+            except (OSError, KmsError):
+                pass  # whoever goes on finds out again, and tells
+            exchange = self._exchange((call,))
+            exchange.outgoing()
+            exchange.sent(sent)
+            if data:
+                exchange.received(data)
+        except BaseException:
+            self._links.drop(link)
+            raise
+        return self._finished(link, exchange, deadline)[0]
 
     def _run(self, calls: Iterable[Call[T]]) -> list[T]:
-        exchange = Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
-        deadline = time.monotonic() + self._timeout
-        link = self._links.take(deadline)
+        exchange, deadline = self._exchange(calls), time.monotonic() + self._timeout
+        return self._finished(self._links.take(deadline), exchange, deadline)
+
+    def _exchange(self, calls: Iterable[Call[T]]) -> Exchange[T]:
+        return Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
+
+    def _finished(self, link: socket.socket, exchange: Exchange[T], deadline: float) -> list[T]:
+        """The results of `exchange`, which is on `link`, or on another should that end."""
         while True:
             try:
                 self._drive(link, exchange, deadline)
@@ -261,7 +296,6 @@ def _unix(path: str, known: KnownServer, within: float) -> socket.socket:
         link.settimeout(min(within, CONNECT_TIMEOUT))
         link.connect(path)
         known.check_unix(link, path)
-        link.settimeout(0)
         return link
     except OSError as error:
         link.close()
@@ -287,7 +321,6 @@ def _tcp(host: str, port: int, known: KnownServer, address: str, within: float) 
                 raise ServerUnreachableError(silent(address, connect_timeout))
             time.sleep(pause)
         link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        link.settimeout(0)
         return link
     except OSError as error:
         link.close()

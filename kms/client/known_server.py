@@ -95,12 +95,12 @@ def pauses() -> Iterator[float]:
 
 
 def has_not_spoken(link: socket.socket, address: str) -> None:
-    """Return if nothing has come over the non-blocking `link`: a server never speaks first. Else `ServerUnreachableError`.
+    """Return if nothing has come over `link`: a server never speaks first. Else `ServerUnreachableError`.
 
     What it said before it was asked would be taken for the reply to what it is asked then.
     """
     try:
-        early = link.recv(1, socket.MSG_PEEK)
+        early = link.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT)
     except BlockingIOError:
         return
     except OSError as error:

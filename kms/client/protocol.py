@@ -97,7 +97,7 @@ class Page(NamedTuple):
     next_token: str | None
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Call(Generic[T]):
     """One request: its `line` to send, and `read`, which turns the reply's line into the result or raises its error.
 

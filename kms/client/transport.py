@@ -1,4 +1,4 @@
-"""An exchange on a non-blocking socket: the part of the I/O that needs no waiting, and so is the same in both clients."""
+"""The part of an exchange's I/O that needs no waiting, and so is the same in both clients."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def advance(link: socket.socket, exchange: Exchange[T], address: str) -> bool:
     if exchange.is_done:
         return False
     try:
-        data = link.recv(READ_BYTES)
+        data = link.recv(READ_BYTES, socket.MSG_DONTWAIT)
     except BlockingIOError:
         return waits_to_send
     except OSError as error:
@@ -34,7 +34,7 @@ def advance(link: socket.socket, exchange: Exchange[T], address: str) -> bool:
 def _send(link: socket.socket, exchange: Exchange[T]) -> bool:
     while piece := exchange.outgoing():
         try:
-            exchange.sent(link.send(piece))
+            exchange.sent(link.send(piece, socket.MSG_DONTWAIT))
         except BlockingIOError:
             return True
         except OSError:
