@@ -276,7 +276,7 @@ async def test_nor_is_it_for_the_client_for_trio() -> None:
     imposter.start()
     with imposter.listening:
         client = await AsyncKmsClient.connect_tcp(port=imposter.port, token="t0ken")
-        while not _has_come(client._link):
+        while not _has_come(client._links._new):
             await trio.lowlevel.checkpoint()
         with pytest.raises(UnknownServerError, match="before it was asked"):
             await client.health()

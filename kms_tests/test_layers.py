@@ -99,7 +99,7 @@ def test_of_the_operating_system_the_pure_layers_use_its_randomness_alone(path: 
 
 @pytest.mark.parametrize("path", _in("host", "storage", "client"), ids=_id)
 def test_of_all_below_the_service_only_the_async_client_knows_trio(path: Path) -> None:
-    if path.name != "async_.py":
+    if path.name != "on_trio.py":
         assert "trio" not in {name.split(".")[0] for name in _imports(path)}
 
 

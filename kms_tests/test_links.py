@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -36,16 +37,14 @@ class Door:
             self.refuses -= 1
             raise ServerUnreachableError("no server answers; is kms-server running?")
         near, far = socket.socketpair()
-        near.settimeout(0)
+        threading.Thread(target=self.take_up, args=(far,), daemon=True).start()
+        return near
+
+    def take_up(self, link: socket.socket) -> None:
         serve = self._serve.pop(0) if len(self._serve) > 1 else self._serve[0]
         self.connected += 1
-
-        def run() -> None:
-            with far, contextlib.suppress(OSError):
-                serve(far)
-
-        threading.Thread(target=run, daemon=True).start()
-        return near
+        with link, contextlib.suppress(OSError):
+            serve(link)
 
     def answers(self, link: socket.socket) -> None:
         with link.makefile("rb") as lines:
@@ -298,29 +297,30 @@ def in_child(work: Callable[[], bool]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-@pytest.fixture
-def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Door, str]]:
+@contextlib.contextmanager
+def listening(directory: Path, *serve: Serve) -> Iterator[tuple[Door, str]]:
     """A server on a Unix socket, which a child can connect to as well."""
-    door, path = Door(), str(tmp_path_factory.mktemp("fork") / "s")
-    with socket.socket(socket.AF_UNIX) as listening:
-        listening.bind(path)
-        listening.listen(64)
-
-        def serve(link: socket.socket) -> None:
-            with link, contextlib.suppress(OSError):
-                door.answers(link)
+    door, path = Door(*serve), str(directory / "s")
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+        listener.listen(256)
 
         def accept() -> None:
             while True:
                 try:
-                    link, _ = listening.accept()
+                    link, _ = listener.accept()
                 except OSError:
                     return
-                door.connected += 1
-                threading.Thread(target=serve, args=(link,), daemon=True).start()
+                threading.Thread(target=door.take_up, args=(link,), daemon=True).start()
 
         threading.Thread(target=accept, daemon=True).start()
         yield door, path
+
+
+@pytest.fixture
+def forking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Door, str]]:
+    with listening(tmp_path_factory.mktemp("fork")) as served:
+        yield served
 
 
 def test_after_a_fork_parent_and_child_have_connections_of_their_own(forking: tuple[Door, str]) -> None:

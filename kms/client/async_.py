@@ -1,30 +1,43 @@
-"""The client for trio programs: `KmsClient`'s methods, awaited."""
+"""The client for async programs, of trio or of asyncio: `KmsClient`'s methods, awaited."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
 from functools import partial
 from types import TracebackType
 from typing import Self
 
-import trio
-
-from kms.client.known_server import KnownServer, has_not_spoken, loopback, pauses
+from kms.client.known_server import KnownServer, loopback, pauses
+from kms.client.links import Links
+from kms.client.loops import Event, Loop, current
 from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
 from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import ServerUnreachableError
-from kms.limits import CONNECT_TIMEOUT, DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_LIST_LIMIT, REPLY_TIMEOUT, THROTTLE_PATIENCE
+from kms.limits import (
+    CONNECT_TIMEOUT,
+    DEFAULT_TCP_HOST,
+    DEFAULT_TCP_PORT,
+    MAX_LIST_LIMIT,
+    RECONNECT_SECONDS,
+    REPLY_TIMEOUT,
+    THROTTLE_PATIENCE,
+)
 from kms.wire.messages import KeyGroupView
+
+Connect = Callable[[Loop, float], Awaitable[socket.socket]]
+"""Makes a connection within so many seconds, to a server that is known."""
 
 
 class AsyncKmsClient:
-    """One connection to a server, for any number of tasks, which take turns. Make it with `connect_unix` or `connect_tcp`.
+    """A client for any number of tasks, under trio or asyncio. Make it with `connect_unix` or `connect_tcp`.
 
-    Errors, bytes, `key_id` and `request_id` are as for `KmsClient`. A call that is cancelled in the middle of its exchange
-    closes the connection, as its reply may still come and would be taken for that of the next.
+    Errors, bytes, `key_id` and `request_id` are as for `KmsClient`, and so are connections. A call that is cancelled in the
+    middle of its exchange ends its connection, as its reply may still come and would be taken for that of the next. In
+    another event loop, and in the child of a fork, it begins anew.
     """
 
     def __init__(
@@ -35,14 +48,20 @@ class AsyncKmsClient:
         token: Token,
         timeout: float = REPLY_TIMEOUT,
         request_id: str | None = None,
+        connect: Connect | None = None,
     ) -> None:
-        """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds."""
+        """A client on a connected socket, which it owns from now on. `address` is for messages, `timeout` in seconds.
+
+        Without `connect`, which makes others, it is the only one.
+        """
         self._requests = Requests(token, request_id)
         self._address = address
         self._timeout = seconds("timeout", timeout)
-        self._lock = trio.Lock()
-        link.settimeout(0)
-        self._link: socket.socket | None = link
+        self._connect = connect
+        self._links = Links(address, None, link, timeout=self._timeout, has_others=connect is not None)
+        self._identity: object = None
+        self._waiting: list[Event] = []
+        self._connecting = 0
 
     @classmethod
     async def connect_unix(
@@ -55,12 +74,8 @@ class AsyncKmsClient:
         server_user: str | int | None = None,
     ) -> Self:
         """As `KmsClient.connect_unix`."""
-        known, address = KnownServer(server_user), os.fsdecode(path)
-
-        async def identify(link: socket.socket) -> None:
-            known.check_unix(link, address)
-
-        return await cls._connect(partial(trio.open_unix_socket, address), identify, address, token, timeout, request_id)
+        address = os.fsdecode(path)
+        return await cls._connected(partial(_unix, address, KnownServer(server_user)), address, token, timeout, request_id)
 
     @classmethod
     async def connect_tcp(
@@ -75,50 +90,23 @@ class AsyncKmsClient:
     ) -> Self:
         """As `KmsClient.connect_tcp`."""
         known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port_number(port)}"
-
-        async def identify(link: socket.socket) -> None:
-            for pause in pauses():
-                if known.is_tcp_known(link, address):
-                    return
-                await trio.sleep(pause)
-
-        return await cls._connect(partial(trio.open_tcp_stream, host, port), identify, address, token, timeout, request_id)
+        return await cls._connected(partial(_tcp, host, port, known, address), address, token, timeout, request_id)
 
     @classmethod
-    async def _connect(
-        cls,
-        opened: Callable[[], Awaitable[trio.SocketStream]],
-        identify: Callable[[socket.socket], Awaitable[None]],
-        address: str,
-        token: Token,
-        reply_timeout: float,
-        request_id: str | None,
+    async def _connected(
+        cls, connect: Connect, address: str, token: Token, reply_timeout: float, request_id: str | None
     ) -> Self:
-        connect_timeout = min(seconds("timeout", reply_timeout), CONNECT_TIMEOUT)
-        with contextlib.ExitStack() as unless_known:
-            try:
-                with trio.fail_after(connect_timeout):
-                    stream = await opened()
-                    link = unless_known.enter_context(socket.socket(fileno=stream.socket.detach()))
-                    await identify(link)
-            except OSError as error:
-                raise ServerUnreachableError(refused(address, error)) from error
-            except trio.TooSlowError:
-                raise ServerUnreachableError(silent(address, connect_timeout)) from None
-            client = cls(link, address, token=token, timeout=reply_timeout, request_id=request_id)
-            unless_known.pop_all()
-            return client
+        link = await connect(current(), seconds("timeout", reply_timeout))
+        try:
+            return cls(link, address, token=token, timeout=reply_timeout, request_id=request_id, connect=connect)
+        except BaseException:
+            link.close()
+            raise
 
     async def aclose(self) -> None:
-        """Close the connection; a call under way in another task fails. Closing twice does nothing more."""
+        """Close all connections; a call under way in another task fails. Closing twice does nothing more."""
         self._close()
-        await trio.lowlevel.checkpoint()
-
-    def _close(self) -> None:
-        link, self._link = self._link, None
-        if link is not None:
-            trio.lowlevel.notify_closing(link)
-            link.close()
+        await current().sleep(0)
 
     async def __aenter__(self) -> Self:
         return self
@@ -126,7 +114,13 @@ class AsyncKmsClient:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        await self.aclose()
+        # Without a checkpoint, so that it is closed also where this was cancelled.
+        self._close()
+
+    def _close(self) -> None:
+        self._links.close()
+        while self._waiting:
+            self._waiting.pop().set()
 
     def __repr__(self) -> str:
         return f"<AsyncKmsClient {self._address}>"
@@ -210,62 +204,152 @@ class AsyncKmsClient:
         return (await self._run((call,)))[0]
 
     async def _run(self, calls: Iterable[Call[T]]) -> list[T]:
-        async with self._lock:
-            if self._link is None:
-                raise ServerUnreachableError(closed(self._address))
-            exchange = Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
+        loop = current()
+        self._begin_in(loop)
+        exchange = Exchange(calls, patience=min(self._timeout, THROTTLE_PATIENCE))
+        deadline = time.monotonic() + self._timeout
+        link = await self._ready(loop, deadline, anew=False)
+        while True:
             try:
-                has_not_spoken(self._link, self._address)
-                await self._drive(self._link, exchange)
+                await self._drive(loop, link, exchange, deadline)
+            except TimeoutError:
+                self._let_go(link, is_whole=False)
+                raise ended(ServerUnreachableError(silent(self._address, self._timeout)), exchange) from None
             except ServerUnreachableError as error:
-                self._close()
-                raise ended(error, exchange) from error.__cause__
+                self._let_go(link, is_whole=False)
+                if self._links.is_closed:
+                    raise ended(ServerUnreachableError(closed(self._address)), exchange) from None
+                if not (self._links.has_others and exchange.begin_again()):
+                    raise ended(error, exchange) from error.__cause__
             except BaseException:
-                self._close()
+                self._let_go(link, is_whole=False)
                 raise
-            if exchange.is_over:
-                self._close()
-            return exchange.results()
+            else:
+                break
+            link = await self._ready(loop, deadline, anew=True)
+        self._let_go(link, is_whole=not exchange.is_over)
+        return exchange.results()
 
-    async def _drive(self, link: socket.socket, exchange: Exchange[T]) -> None:
+    def _begin_in(self, loop: Loop) -> None:
+        identity = loop.identity
+        if identity is not self._identity:
+            if self._identity is not None and self._links.has_others:
+                self._links.begin_anew()
+            self._identity = identity
+            self._waiting, self._connecting = [], 0
+
+    async def _ready(self, loop: Loop, deadline: float, *, anew: bool) -> socket.socket:
+        while True:
+            link = self._links.ready(anew=anew)
+            if link is not None:
+                return link
+            if self._links.has_room(self._connecting):
+                break
+            # Not a semaphore, whose every use would be a trip through the scheduler.
+            freed = loop.event()
+            self._waiting.append(freed)
+            await freed.wait()
+            if time.monotonic() >= deadline:
+                raise ServerUnreachableError(f"all connections to {self._address} are in use")
+        self._connecting += 1
         try:
-            while True:
-                waits_to_send = advance(link, exchange, self._address)
-                if exchange.is_done:
-                    return
-                if exchange.pause:
-                    await trio.sleep(exchange.pause)
-                    if self._link is None:
-                        raise trio.ClosedResourceError
-                    exchange.resume()
-                    continue
-                with trio.fail_after(self._timeout):
-                    await _wait(link, to_send=waits_to_send)
-        except trio.TooSlowError:
-            raise ServerUnreachableError(silent(self._address, self._timeout)) from None
-        except trio.ClosedResourceError:
-            raise ServerUnreachableError(closed(self._address)) from None
+            return self._links.add(await self._reconnected(loop, deadline))
+        finally:
+            self._connecting -= 1
+
+    def _let_go(self, link: socket.socket, *, is_whole: bool) -> None:
+        if is_whole:
+            self._links.give_back(link)
+        else:
+            self._links.drop(link)
+        while self._waiting:
+            self._waiting.pop().set()
+
+    async def _reconnected(self, loop: Loop, deadline: float) -> socket.socket:
+        if self._connect is None:
+            raise ServerUnreachableError(closed(self._address))
+        give_up = min(deadline, time.monotonic() + RECONNECT_SECONDS)
+        for pause in pauses():
+            try:
+                return await self._connect(loop, max(0.001, deadline - time.monotonic()))
+            except ServerUnreachableError:
+                if time.monotonic() + pause >= give_up or self._links.is_closed:
+                    raise
+            await loop.sleep(pause)
+        raise AssertionError("pauses never end")
+
+    async def _drive(self, loop: Loop, link: socket.socket, exchange: Exchange[T], deadline: float) -> None:
+        answered = 0
+        while True:
+            waits_to_send = advance(link, exchange, self._address)
+            if exchange.is_done:
+                return
+            if exchange.answered != answered:
+                # Of many, each next one has its time.
+                answered, deadline = exchange.answered, time.monotonic() + self._timeout
+            if exchange.pause:
+                await loop.sleep(exchange.pause)
+                exchange.resume()
+                deadline = time.monotonic() + self._timeout
+                if self._links.is_closed:
+                    raise ServerUnreachableError(closed(self._address))
+                continue
+            left = deadline - time.monotonic()
+            if left <= 0 or not await loop.wait(link, left, to_send=waits_to_send):
+                raise TimeoutError
 
 
-async def _wait(link: socket.socket, *, to_send: bool) -> None:
-    """Until `link` is readable, or, with `to_send`, writable."""
-    if not to_send:
-        await trio.lowlevel.wait_readable(link)
-        return
+async def _unix(path: str, known: KnownServer, loop: Loop, within: float) -> socket.socket:
+    """A connection to the Unix socket at `path`."""
+    connect_timeout = min(within, CONNECT_TIMEOUT)
+    deadline = time.monotonic() + connect_timeout
+    link = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        link.settimeout(0)
+        for pause in pauses():
+            try:
+                link.connect(path)
+                break
+            except BlockingIOError:
+                # As many wait as may: there is nothing to wait for but that one is taken up.
+                if time.monotonic() + pause >= deadline:
+                    raise ServerUnreachableError(silent(path, connect_timeout)) from None
+            await loop.sleep(pause)
+        known.check_unix(link, path)
+        return link
+    except OSError as error:
+        link.close()
+        raise ServerUnreachableError(refused(path, error)) from error
+    except BaseException:
+        link.close()
+        raise
 
-    closing = False
 
-    async def first(wait: Callable[[socket.socket], Awaitable[None]]) -> None:
-        nonlocal closing
-        try:
-            await wait(link)
-        except trio.ClosedResourceError:
-            # Passed on by hand, as the nursery would wrap it in a group.
-            closing = True
-        nursery.cancel_scope.cancel()
-
-    async with trio.open_nursery() as nursery:
-        nursery.start_soon(first, trio.lowlevel.wait_readable)
-        nursery.start_soon(first, trio.lowlevel.wait_writable)
-    if closing:
-        raise trio.ClosedResourceError
+async def _tcp(host: str, port: int, known: KnownServer, address: str, loop: Loop, within: float) -> socket.socket:
+    """A connection over TCP."""
+    connect_timeout = min(within, CONNECT_TIMEOUT)
+    deadline = time.monotonic() + connect_timeout
+    link = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        link.settimeout(0)
+        with contextlib.suppress(BlockingIOError):
+            link.connect((host, port))
+        if not await loop.wait(link, connect_timeout, to_send=True):
+            raise ServerUnreachableError(silent(address, connect_timeout))
+        failed = link.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+        if failed:
+            raise OSError(failed, os.strerror(failed))
+        for pause in pauses():
+            if known.is_tcp_known(link, address):
+                break
+            if time.monotonic() + pause >= deadline:
+                raise ServerUnreachableError(silent(address, connect_timeout))
+            await loop.sleep(pause)
+        link.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return link
+    except OSError as error:
+        link.close()
+        raise ServerUnreachableError(refused(address, error)) from error
+    except BaseException:
+        link.close()
+        raise

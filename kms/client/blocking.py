@@ -14,7 +14,7 @@ from typing import Self
 from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Connect, Links
 from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
-from kms.client.transport import advance, ended, port_number, refused, seconds, silent
+from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import KmsError, ServerUnreachableError
 from kms.limits import (
     CONNECT_TIMEOUT,
@@ -253,6 +253,8 @@ class KmsClient:
                 raise ended(ServerUnreachableError(silent(self._address, self._timeout)), exchange) from None
             except ServerUnreachableError as error:
                 self._links.drop(link)
+                if self._links.is_closed:
+                    raise ended(ServerUnreachableError(closed(self._address)), exchange) from None
                 if not (self._links.has_others and exchange.begin_again()):
                     raise ended(error, exchange) from error.__cause__
             except BaseException:

@@ -1,4 +1,4 @@
-"""The connections of one blocking client: taken by one thread at a time, kept for the next, and never shared by accident.
+"""The connections of one client: taken by one thread or task at a time, kept for the next, and never shared by accident.
 
 - A connection belongs to whoever has taken it, until it is given back whole or dropped. Two exchanges on one connection
   would take each other's replies, which may be keys.
@@ -47,30 +47,30 @@ class Links:
         *,
         timeout: float,
         most: int = MAX_CLIENT_CONNECTIONS,
+        has_others: bool | None = None,
     ) -> None:
-        """`first` is a connection that nothing was sent on yet. Without `connect` there is no other.
+        """`first` is a connection that nothing was sent on yet. Without `connect` there is no other, unless `has_others`
+        says that they are made elsewhere and added.
 
         A send or a receive on one that is taken waits for `timeout` seconds, and raises `BlockingIOError` then.
         """
         self._address = address
         self._timeout = timeout
         self._connect = connect
-        self._most = most
+        self.has_others: Final = connect is not None if has_others is None else has_others
+        """Whether another connection can be made."""
+        self._most = most if self.has_others else 1
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
         self._waiting = 0
         self._process = os.getpid()
-        self._is_closed = False
-        self._new: socket.socket | None = self._prepared(first)
+        self.is_closed = False
+        self._new: socket.socket | None = first
+        self._prepare(first)
         self._idle: list[tuple[socket.socket, float]] = []
         self._taken: set[socket.socket] = set()
         self._under_way = 0
         _all.add(self)
-
-    @property
-    def has_others(self) -> bool:
-        """Whether another connection can be made."""
-        return self._connect is not None
 
     def take(self, deadline: float, *, anew: bool = False, looks: bool = True) -> socket.socket:
         """A connection for the caller alone, by `deadline` (`time.monotonic`); with `anew` one that was never used.
@@ -78,35 +78,54 @@ class Links:
         Unless it `looks`, one that was used a moment ago may have ended since. Raises `ServerUnreachableError`, and what
         connecting raises.
         """
-        if self._process != os.getpid():
-            # A fork that ran no hooks.
-            self._begin_anew()
-        with self._lock:
-            if anew:
-                self._drop_idle()
-            while True:
-                link = self._ready(looks=looks)
-                if link is not None:
-                    self._taken.add(link)
-                    return link
-                if self._is_closed or self._connect is None:
-                    raise ServerUnreachableError(closed(self._address))
+        while True:
+            link = self.ready(anew=anew, looks=looks)
+            if link is not None:
+                return link
+            with self._lock:
                 if len(self._taken) + self._under_way < self._most:
+                    self._under_way += 1
                     break
                 if not self._wait_for_another(deadline):
                     raise ServerUnreachableError(f"all {self._most} connections to {self._address} are in use")
-            self._under_way += 1
         try:
-            link = self._connected(self._connect, deadline)
-            try:
-                has_not_spoken(link, self._address)
-            except BaseException:
-                link.close()
-                raise
+            link = self._connected(deadline)
         finally:
             with self._lock:
                 self._under_way -= 1
                 self._changed.notify()
+        return self.add(link)
+
+    def ready(self, *, anew: bool = False, looks: bool = True) -> socket.socket | None:
+        """A connection that waits to be used, taken; None where there is none, and another can be made.
+
+        For who makes it otherwise than `take` does. Raises as that.
+        """
+        if self._process != os.getpid():
+            # A fork that ran no hooks.
+            self.begin_anew()
+        with self._lock:
+            if anew:
+                self._drop_idle()
+            link = self._idle_one(looks=looks)
+            if link is not None:
+                self._taken.add(link)
+            elif self.is_closed or (not self.has_others and not self._taken):
+                raise ServerUnreachableError(closed(self._address))
+            return link
+
+    def has_room(self, connecting: int) -> bool:
+        """Whether there may be another connection, beside those that are taken and `connecting` that are being made."""
+        return len(self._taken) + connecting < self._most
+
+    def add(self, link: socket.socket) -> socket.socket:
+        """A connection that was just made is taken by who made it. Raises what `has_not_spoken` raises."""
+        try:
+            self._prepare(link)
+            has_not_spoken(link, self._address)
+        except BaseException:
+            link.close()
+            raise
         with self._lock:
             self._taken.add(link)
         return link
@@ -115,7 +134,7 @@ class Links:
         """The exchange on `link` is over, and nothing of it is still to come."""
         with self._lock:
             self._taken.discard(link)
-            if self._is_closed:
+            if self.is_closed:
                 link.close()
             else:
                 self._idle.append((link, time.monotonic()))
@@ -132,7 +151,7 @@ class Links:
     def close(self) -> None:
         """End all connections, those that are in use too. Closing twice does nothing more."""
         with self._lock:
-            self._is_closed = True
+            self.is_closed = True
             self._drop_idle()
             for link in self._taken:
                 # Its user closes it: a descriptor that is closed under a call may be another's by its next one.
@@ -147,7 +166,7 @@ class Links:
         finally:
             self._waiting -= 1
 
-    def _ready(self, *, looks: bool) -> socket.socket | None:
+    def _idle_one(self, *, looks: bool) -> socket.socket | None:
         """One that waits to be used, the one that was used last first."""
         if self._new is not None:
             link, self._new = self._new, None
@@ -160,14 +179,14 @@ class Links:
         while self._idle:
             link, since = self._idle.pop()
             idle = time.monotonic() - since
-            if idle < _MOMENT and not looks and self._connect is not None:
+            if idle < _MOMENT and not looks and self.has_others:
                 return link
             # Without another to be had, an old one is better than none.
-            if idle < IDLE_SECONDS or self._connect is None:
+            if idle < IDLE_SECONDS or not self.has_others:
                 try:
                     has_not_spoken(link, self._address)
                 except (ServerUnreachableError, UnknownServerError):
-                    if self._connect is None:
+                    if not self.has_others:
                         link.close()
                         raise
                 else:
@@ -175,26 +194,27 @@ class Links:
             link.close()
         return None
 
-    def _connected(self, connect: Connect, deadline: float) -> socket.socket:
+    def _connected(self, deadline: float) -> socket.socket:
+        if self._connect is None:
+            raise ServerUnreachableError(closed(self._address))
         give_up = min(deadline, time.monotonic() + RECONNECT_SECONDS)
         pause = _FIRST_PAUSE
         while True:
             try:
-                return self._prepared(connect(max(0.001, deadline - time.monotonic())))
+                return self._connect(max(0.001, deadline - time.monotonic()))
             except ServerUnreachableError:
-                if time.monotonic() + pause >= give_up or self._is_closed:
+                if time.monotonic() + pause >= give_up or self.is_closed:
                     raise
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE)
 
-    def _prepared(self, link: socket.socket) -> socket.socket:
+    def _prepare(self, link: socket.socket) -> None:
         # The kernel's own time limits: with Python's, each send and each receive takes a poll before it.
         link.settimeout(None)
         whole, fraction = divmod(self._timeout, 1)
         limit = struct.pack("ll", int(whole), max(1, int(fraction * 1e6)))
         link.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
         link.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
-        return link
 
     def _drop_idle(self) -> None:
         if self._new is not None:
@@ -203,8 +223,8 @@ class Links:
         while self._idle:
             self._idle.pop()[0].close()
 
-    def _begin_anew(self) -> None:
-        """In the child of a fork."""
+    def begin_anew(self) -> None:
+        """In the child of a fork, or in another event loop: forget all connections, and close them here."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
@@ -221,7 +241,7 @@ _all: Final[weakref.WeakSet[Links]] = weakref.WeakSet()
 
 def _after_fork() -> None:
     for links in list(_all):
-        links._begin_anew()
+        links.begin_anew()
 
 
 os.register_at_fork(after_in_child=_after_fork)
