@@ -18,9 +18,10 @@ import click
 import pytest
 
 from kms import errors
-from kms.cli import options, prompt, run
+from kms.cli import prompt, run
 from kms.cli.client import main
 from kms.client import blocking, files
+from kms.client.environment import find_server
 from kms.client.protocol import DataKey
 from kms.errors import ConfigError
 from kms.limits import MAX_FRAME_BYTES
@@ -440,7 +441,7 @@ def test_a_tcp_address_is_a_loopback_one(text: str, address: tuple[str, int], fa
 @pytest.mark.parametrize("text", ["10.0.0.1:9", "example.org:9", "127.0.0.1", ":9", "127.0.0.1:0", "127.0.0.1:x"])
 def test_any_other_tcp_address_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--tcp"):
-        options.find_server(text, None, {})
+        find_server(text, None, {})
 
 
 def test_tcp_and_unix_exclude_each_other(capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from kms.errors import ConfigError
-from kms.server.config import data_directory, log_format, resolve
+from kms.host.paths import data_directory
+from kms.server.config import log_format, resolve
 
 HOME = {"HOME": "/home/nobody"}
 DATA = Path("/home/nobody/.mini-kms")

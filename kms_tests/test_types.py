@@ -6,6 +6,7 @@ Text for bytes is the worst: `encrypt("password")` would take it for base64, and
 from __future__ import annotations
 
 import inspect
+import io
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -30,6 +31,8 @@ WRONG: dict[str, list[Any]] = {
     "int": ["1", b"1", None, True, *NONE_OF_THEM],
     "int | None": ["1", b"1", True, *NONE_OF_THEM],
     "bool": [1, 0, "yes", None, *NONE_OF_THEM],
+    "PathOrStream": [1, 1.5, b"path", [1], {}, object(), io.StringIO()],
+    "Progress | None": [1, "yes", [1], {}],
     "Iterable[BytesLike]": [5, None, "text", b"bytes", ["text"], [None], [1]],
 }
 RIGHT: dict[str, Any] = {
@@ -39,6 +42,8 @@ RIGHT: dict[str, Any] = {
     "ciphertexts": [BLOB],
     "key_id": "default",
     "version": 1,
+    "source": "/nowhere/at/all",
+    "target": "/nowhere/at/all",
 }
 METHODS = [
     name
@@ -66,7 +71,7 @@ def arguments(method: Callable[..., Any], parameter: str, value: Any) -> dict[st
 def test_every_method_is_tried() -> None:
     assert set(METHODS) >= {"encrypt", "decrypt", "reencrypt", "encrypt_many", "iter_key_groups", "destroy_version"}
     names = {name for name, _ in inspect.getmembers(AsyncKmsClient, callable) if not name.startswith("_")}
-    assert names - {"aclose", "connect_tcp", "connect_unix", "health"} == set(METHODS)
+    assert names - {"aclose", "connect_tcp", "connect_unix", "from_env", "health"} == set(METHODS)
 
 
 @pytest.mark.parametrize(("name", "parameter", "value"), list(cases(KmsClient)))

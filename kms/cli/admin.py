@@ -13,8 +13,6 @@ import rich_click as click
 
 from kms.cli import prompt, render, retiring
 from kms.cli.options import (
-    ADMIN,
-    API,
     PATH,
     Settings,
     address_options,
@@ -29,6 +27,7 @@ from kms.cli.options import (
     version_option,
 )
 from kms.cli.run import EXIT_INTERRUPTED, run, stop_signals_raise
+from kms.client.environment import ADMIN, API
 from kms.core.policy import Operation
 from kms.errors import (
     EXIT_BAD_INPUT,
@@ -41,8 +40,9 @@ from kms.errors import (
     UnauthorizedError,
 )
 from kms.host.hardening import forbid_dumps
+from kms.host.paths import data_directory
 from kms.limits import MAX_VERSION, TOKEN_BYTES
-from kms.server.config import ServerConfig, data_directory, resolve
+from kms.server.config import ServerConfig, resolve
 
 if TYPE_CHECKING:
     from kms.core.audit_verifier import Verifier

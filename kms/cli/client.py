@@ -12,7 +12,6 @@ import rich_click as click
 
 from kms.cli import render
 from kms.cli.options import (
-    API,
     PATH,
     Settings,
     address_options,
@@ -29,6 +28,7 @@ from kms.cli.options import (
     write_whole,
 )
 from kms.cli.run import run, stop_signals_raise
+from kms.client.environment import API
 from kms.errors import ConfigError, InputError
 from kms.host.hardening import forbid_dumps
 from kms.limits import MAX_FRAME_BYTES

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import rich_click as click
 
 from kms.cli.prompt import obtain
+from kms.client.environment import Plane, find_server, token_file
 from kms.errors import ConfigError, FileAccessError, InputError, InputMissingError
 from kms.host import package, streams
-from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_PORT
-from kms.server.config import data_directory
 
 if TYPE_CHECKING:
     from kms.client.blocking import KmsClient
@@ -39,29 +38,6 @@ class Settings:
     no_token: bool = False
     server_user: str | None = None
     request_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Plane:
-    """One of the two tokens and where it is found."""
-
-    name: str
-    variable: str
-    file_variable: str
-    file_name: str
-    option: str
-
-
-API: Final = Plane("API token", "MINIKMS_API_TOKEN", "MINIKMS_API_TOKEN_FILE", "api.token", "--token-file")
-ADMIN: Final = Plane("admin token", "MINIKMS_ADMIN_TOKEN", "MINIKMS_ADMIN_TOKEN_FILE", "admin.token", "--admin-token-file")
-
-
-class Address(NamedTuple):
-    """Where the server is: a Unix socket, or else host and port."""
-
-    unix: Path | None
-    host: str = DEFAULT_TCP_HOST
-    port: int = DEFAULT_TCP_PORT
 
 
 def address_options(command: F) -> F:
@@ -126,43 +102,6 @@ def examples(*lines: str) -> str:
     return "\n\n".join(("Examples:", *(f"$ {line}" for line in lines)))
 
 
-def find_server(tcp: str | None, unix: str | None, environ: Mapping[str, str]) -> Address:
-    """Where the server is, from the flags or the environment; raises `ConfigError`."""
-    if tcp is not None and unix is not None:
-        raise ConfigError("--tcp and --unix exclude each other; give one")
-    if unix is not None:
-        return Address(Path(unix))
-    if tcp is not None:
-        return _parse_tcp(tcp)
-    named, port = environ.get("MINIKMS_UNIX_SOCKET"), environ.get("MINIKMS_TCP_PORT")
-    if named:
-        return Address(Path(named))
-    usual = data_directory(environ) / "kms.sock"
-    if port and not usual.exists():
-        return Address(None, port=_port(port, "MINIKMS_TCP_PORT"))
-    # Whether it is there or not. By TCP only where somebody said so: while no server listens, its port is anybody's.
-    return Address(usual)
-
-
-def _parse_tcp(text: str) -> Address:
-    host, colon, port = text.rpartition(":")
-    if not colon or not host:
-        raise ConfigError(f"--tcp: give HOST:PORT, such as {DEFAULT_TCP_HOST}:{DEFAULT_TCP_PORT}")
-    from kms.client.known_server import loopback
-
-    try:
-        host = loopback(host.removeprefix("[").removesuffix("]"))
-    except ConfigError as error:
-        raise ConfigError(f"--tcp: {error}") from None
-    return Address(None, host, _port(port, "--tcp"))
-
-
-def _port(text: str, origin: str) -> int:
-    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_PORT):
-        raise ConfigError(f"{origin}: a port is a number from 1 to {MAX_PORT}")
-    return int(text)
-
-
 @contextlib.contextmanager
 def reachable(settings: Settings, plane: Plane) -> Iterator[tuple[Callable[[], KmsClient], Secret]]:
     """What connects to the server that `settings` name, as often as it is called, and the token it shows, wiped afterwards.
@@ -197,22 +136,13 @@ def connected(settings: Settings, plane: Plane) -> Iterator[tuple[KmsClient, Sec
 
 
 def _token_of(settings: Settings, plane: Plane) -> Secret:
-    return obtain(plane.name, plane.variable, token_file(settings.token_file, plane), plane.option)
+    return obtain(plane.name, plane.variable, token_file(settings.token_file, plane, os.environ), plane.option)
 
 
 def _no_token() -> Secret:
     from kms.core.secret import Secret
 
     return Secret(bytearray())
-
-
-def token_file(flag: str | None, plane: Plane) -> Path | None:
-    """The file that holds the token of `plane`: flag, then environment, then the data directory's if it exists."""
-    named = flag or os.environ.get(plane.file_variable)
-    if named:
-        return Path(named)
-    usual = data_directory(os.environ) / plane.file_name
-    return usual if os.path.lexists(usual) else None
 
 
 def stream_or_path(text: str) -> Path | None:

@@ -16,9 +16,10 @@ import rich_click as click
 
 from kms.cli.lines import BackgroundLines
 from kms.cli.logs import Voice
-from kms.cli.options import ADMIN, API, PATH, Plane, epilog, version_option
+from kms.cli.options import PATH, epilog, version_option
 from kms.cli.prompt import obtain
 from kms.cli.run import run, stop_signals_raise
+from kms.client.environment import ADMIN, API, Plane
 from kms.core.secret import Secret
 from kms.errors import ConfigError, InputMissingError
 from kms.host.hardening import forbid_dumps

@@ -6,15 +6,17 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+from kms.client.environment import ADMIN, API, find_server
+from kms.client.environment import token as token_of
 from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Links
 from kms.client.loops import Event, Loop, current
-from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
+from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token, check_text
 from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import ServerUnreachableError
 from kms.limits import (
@@ -28,12 +30,15 @@ from kms.limits import (
 )
 from kms.wire.messages import KeyGroupView
 
+if TYPE_CHECKING:
+    from kms.client.files import PathOrStream, Progress
+
 Connect = Callable[[Loop, float], Awaitable[socket.socket]]
 """Makes a connection within so many seconds, to a server that is known."""
 
 
 class AsyncKmsClient:
-    """A client for any number of tasks, under trio or asyncio. Make it with `connect_unix` or `connect_tcp`.
+    """A client for any number of tasks, under trio or asyncio. Make it with `from_env`, `connect_unix`, `connect_tcp`.
 
     Errors, bytes, `key_id` and `request_id` are as for `KmsClient`, and so are connections. A call that is cancelled in the
     middle of its exchange ends its connection, as its reply may still come and would be taken for that of the next. In
@@ -91,6 +96,27 @@ class AsyncKmsClient:
         """As `KmsClient.connect_tcp`."""
         known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port_number(port)}"
         return await cls._connected(partial(_tcp, host, port, known, address), address, token, timeout, request_id)
+
+    @classmethod
+    async def from_env(
+        cls,
+        *,
+        admin: bool = False,
+        timeout: float = REPLY_TIMEOUT,  # noqa: ASYNC109 (it is for each reply, not for this call)
+        request_id: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
+        """As `KmsClient.from_env`."""
+        found = os.environ if environ is None else environ
+        address, user = find_server(None, None, found), found.get("MINIKMS_SERVER_USER") or None
+        token = token_of(ADMIN if admin else API, address, found)
+        if address.unix is not None:
+            return await cls.connect_unix(
+                address.unix, token=token, timeout=timeout, request_id=request_id, server_user=user
+            )
+        return await cls.connect_tcp(
+            address.host, address.port, token=token, timeout=timeout, request_id=request_id, server_user=user
+        )
 
     @classmethod
     async def _connected(
@@ -158,6 +184,43 @@ class AsyncKmsClient:
     ) -> list[bytes]:
         """As `KmsClient.decrypt_many`."""
         return await self._run(self._requests.decrypt(ciphertext, aad, source_key_id) for ciphertext in ciphertexts)
+
+    async def encrypt_file(
+        self,
+        source: PathOrStream,
+        target: PathOrStream,
+        *,
+        key_id: str | None = None,
+        aad: BytesLike = b"",
+        progress: Progress | None = None,
+    ) -> None:
+        """As `KmsClient.encrypt_file`, in a thread; `progress` is called there. It is not cancelled before its end."""
+        # Here, since who has no files does not pay for the ciphers that they take.
+        from kms.client.files import Arguments, encrypt_file
+
+        check_text("key_id", key_id, is_optional=True)
+        given = Arguments.of(source, target, aad, progress)
+        loop = current()
+        encrypt = partial(encrypt_file, key_id=key_id, aad=given.aad, progress=given.progress)
+        await loop.in_thread(partial(encrypt, _FromThread(self, loop), given.source, given.target))
+
+    async def decrypt_file(
+        self,
+        source: PathOrStream,
+        target: PathOrStream,
+        *,
+        aad: BytesLike = b"",
+        source_key_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """As `KmsClient.decrypt_file`, likewise."""
+        from kms.client.files import Arguments, decrypt_file
+
+        check_text("source_key_id", source_key_id, is_optional=True)
+        given = Arguments.of(source, target, aad, progress)
+        loop = current()
+        decrypt = partial(decrypt_file, source_key_id=source_key_id, aad=given.aad, progress=given.progress)
+        await loop.in_thread(partial(decrypt, _FromThread(self, loop), given.source, given.target))
 
     async def create_key_group(self, key_id: str) -> KeyGroupView:
         """As `KmsClient.create_key_group`."""
@@ -297,6 +360,23 @@ class AsyncKmsClient:
             left = deadline - time.monotonic()
             if left <= 0 or not await loop.wait(link, left, to_send=waits_to_send):
                 raise TimeoutError
+
+
+class _FromThread:
+    """What files need of a client, for a thread of its loop."""
+
+    def __init__(self, client: AsyncKmsClient, loop: Loop) -> None:
+        self._client = client
+        self._loop = loop
+
+    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+        return self._loop.from_thread(self._client.generate_data_key, key_id, aad)
+
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        return self._loop.from_thread(partial(self._client.decrypt, ciphertext, aad, source_key_id=source_key_id))
+
+    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        return self._loop.from_thread(partial(self._client.reencrypt, ciphertext, key_id, aad, source_key_id=source_key_id))
 
 
 async def _unix(path: str, known: KnownServer, loop: Loop, within: float) -> socket.socket:

@@ -6,14 +6,16 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
+from kms.client.environment import ADMIN, API, find_server
+from kms.client.environment import token as token_of
 from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Connect, Links
-from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token
+from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token, check_text
 from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import KmsError, ServerUnreachableError
 from kms.limits import (
@@ -27,9 +29,12 @@ from kms.limits import (
 )
 from kms.wire.messages import KeyGroupView
 
+if TYPE_CHECKING:
+    from kms.client.files import PathOrStream, Progress
+
 
 class KmsClient:
-    """A client for any number of threads, before and after a fork. Make it with `connect_unix` or `connect_tcp`.
+    """A client for any number of threads, before and after a fork. Make it with `from_env`, `connect_unix`, `connect_tcp`.
 
     Every method raises the `WireError` the server answers with (`AuthFailedError`, `InvalidRequestError`, ...), and
     `ServerUnreachableError` when the server cannot be reached, or has not answered within `timeout` seconds, which is for
@@ -76,7 +81,8 @@ class KmsClient:
     ) -> Self:
         """Connect to the Unix socket at `path`. `timeout` in seconds. Raises `ServerUnreachableError`, `ConfigError`.
 
-        Without a token the server may know this process by its user id. `UnknownServerError` when the server's process
+        `token` is the token, or a path of the private file that holds it, or a function that gives it; without one the
+        server may know this process by its user id. `UnknownServerError` when the server's process
         is not one of this user, of root, of the owner of the socket's directory, or of `server_user` (name or uid;
         `any` believes whoever it is).
         """
@@ -101,6 +107,30 @@ class KmsClient:
         """
         known, host, address = KnownServer(server_user), loopback(host), f"{host}:{port_number(port)}"
         return cls._connected(partial(_tcp, host, port, known, address), address, token, timeout, request_id)
+
+    @classmethod
+    def from_env(
+        cls,
+        *,
+        admin: bool = False,
+        timeout: float = REPLY_TIMEOUT,
+        request_id: str | None = None,
+        environ: Mapping[str, str] | None = None,
+    ) -> Self:
+        """Connect as the command lines do: to the server and with the token that the environment names.
+
+        `MINIKMS_UNIX_SOCKET`, else `<data>/kms.sock`, else loopback at `MINIKMS_TCP_PORT`; `MINIKMS_API_TOKEN`, else the
+        file `MINIKMS_API_TOKEN_FILE`, else `<data>/api.token`, which is read again when it changes; with `admin` those of
+        the admin token. Without a token the server may know this process by its user id. `environ` is `os.environ`.
+        """
+        found = os.environ if environ is None else environ
+        address, user = find_server(None, None, found), found.get("MINIKMS_SERVER_USER") or None
+        token = token_of(ADMIN if admin else API, address, found)
+        if address.unix is not None:
+            return cls.connect_unix(address.unix, token=token, timeout=timeout, request_id=request_id, server_user=user)
+        return cls.connect_tcp(
+            address.host, address.port, token=token, timeout=timeout, request_id=request_id, server_user=user
+        )
 
     @classmethod
     def _connected(cls, connect: Connect, address: str, token: Token, timeout: float, request_id: str | None) -> Self:
@@ -164,6 +194,47 @@ class KmsClient:
     ) -> list[bytes]:
         """`decrypt` of each, in order and pipelined; as `encrypt_many`."""
         return self._run(self._requests.decrypt(ciphertext, aad, source_key_id) for ciphertext in ciphertexts)
+
+    def encrypt_file(
+        self,
+        source: PathOrStream,
+        target: PathOrStream,
+        *,
+        key_id: str | None = None,
+        aad: BytesLike = b"",
+        progress: Progress | None = None,
+    ) -> None:
+        """Encrypt a file of up to 64 GiB under a data key of its own, in constant memory; it never goes to the server.
+
+        `source` and `target` are paths, open binary files (they stay open), or None for standard input and output. The
+        container is MKE1. `progress` is called with the number of bytes that were read since. Raises `InputError`,
+        `InputMissingError` and `FileAccessError` too; an existing target is as it was then.
+        """
+        # Here, since who has no files does not pay for the ciphers that they take.
+        from kms.client.files import Arguments, encrypt_file
+
+        check_text("key_id", key_id, is_optional=True)
+        given = Arguments.of(source, target, aad, progress)
+        encrypt_file(self, given.source, given.target, key_id=key_id, aad=given.aad, progress=given.progress)
+
+    def decrypt_file(
+        self,
+        source: PathOrStream,
+        target: PathOrStream,
+        *,
+        aad: BytesLike = b"",
+        source_key_id: str | None = None,
+        progress: Progress | None = None,
+    ) -> None:
+        """Decrypt what `encrypt_file` made. `DecryptionFailedError` whatever was altered, and nothing is at `target` then.
+
+        With `source_key_id` only what is under that group.
+        """
+        from kms.client.files import Arguments, decrypt_file
+
+        check_text("source_key_id", source_key_id, is_optional=True)
+        given = Arguments.of(source, target, aad, progress)
+        decrypt_file(self, given.source, given.target, source_key_id=source_key_id, aad=given.aad, progress=given.progress)
 
     def create_key_group(self, key_id: str) -> KeyGroupView:
         """Make a key group with version 1 active. Needs the admin token, as do all below."""

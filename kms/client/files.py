@@ -13,15 +13,16 @@ import base64
 import binascii
 import contextlib
 import errno
+import io
 import os
 import stat
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO, Final, Protocol
+from typing import Any, BinaryIO, Final, NamedTuple, Protocol, Self
 
-from kms.client.protocol import DataKey
+from kms.client.protocol import BytesLike, DataKey, octets
 from kms.core import ciphertext, container
 from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
 from kms.core.secret import Secret
@@ -35,11 +36,38 @@ Source = Path | BinaryIO | None
 """Where to read: a path, an open binary file (it stays open), or None for standard input."""
 Target = Path | BinaryIO | None
 """Where to write: a path, an open binary file (it stays open), or None for standard output."""
+PathOrStream = str | os.PathLike[str] | BinaryIO | None
+"""How a caller of the library names either."""
 Progress = Callable[[int], None]
 """Called after each chunk with the number of bytes read from the source since the last call."""
 
 _MAX_CIPHERTEXT_BYTES: Final = MAX_FRAME_BYTES // 4 * 3
 """What still fits a request as base64."""
+
+
+class Arguments(NamedTuple):
+    """What a caller of the library gives, in the types that are used here."""
+
+    source: Source
+    target: Target
+    aad: bytes
+    progress: Progress | None
+
+    @classmethod
+    def of(cls, source: object, target: object, aad: BytesLike, progress: object) -> Self:
+        """Raises `TypeError` for what is of none of the types that each may have."""
+        if progress is not None and not callable(progress):
+            raise TypeError(f"progress has to be callable or None, not {type(progress).__name__}")
+        return cls(_path_or_stream("source", source), _path_or_stream("target", target), octets("aad", aad), progress)
+
+
+def _path_or_stream(name: str, value: Any) -> Path | BinaryIO | None:
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    if value is not None and (isinstance(value, io.TextIOBase) or not hasattr(value, "fileno")):
+        raise TypeError(f"{name} has to be a path, an open binary file or None, not {type(value).__name__}")
+    stream: BinaryIO | None = value
+    return stream
 
 
 class FileClient(Protocol):

@@ -17,6 +17,7 @@ so an `Exchange` holds the calls under way in a queue and gives each reply to th
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from typing import Final, Generic, NamedTuple, SupportsIndex, TypeVar
 
 import msgspec
 
+from kms.client.environment import TokenFile
 from kms.core.ciphertext import group as ciphertext_group
 from kms.core.secret import Secret
 from kms.errors import (
@@ -75,7 +77,9 @@ from kms.wire.messages import (
 R = TypeVar("R", bound=Reply)
 T = TypeVar("T")
 
-Token = str | bytes | Secret
+TokenText = str | bytes | Secret
+Token = TokenText | os.PathLike[str] | Callable[[], str | bytes]
+"""A token; or the private file that holds it, or what gives it, for each request."""
 BytesLike = bytes | bytearray | memoryview
 
 
@@ -112,7 +116,7 @@ class Call(Generic[T]):
 class Requests:
     """Makes the calls of one client; holds its token, and shows it nowhere."""
 
-    __slots__ = ("_request_id", "_token")
+    __slots__ = ("_request_id", "_source", "_token")
 
     def __init__(self, token: Token, request_id: str | None = None) -> None:
         """`request_id` is what all of them are called in the server's logs. A `Secret` stays the caller's.
@@ -120,23 +124,18 @@ class Requests:
         Raises `ConfigError` when the token is not UTF-8, as JSON cannot carry it then, or for a `request_id` that is none,
         and `TypeError` for what is neither text nor bytes.
         """
-        _check_text("request_id", request_id, is_optional=True)
+        check_text("request_id", request_id, is_optional=True)
         if request_id is not None and not is_request_id(request_id):
             raise ConfigError(REQUEST_ID_RULE)
         self._request_id = request_id
-        try:
-            if isinstance(token, str):
-                token.encode("utf-8")
-                self._token = token
-            elif isinstance(token, bytes):
-                self._token = token.decode("utf-8")
-            elif isinstance(token, Secret):
-                with token.view() as view:
-                    self._token = str(view, "utf-8")
-            else:
-                raise TypeError(f"token has to be str or bytes, not {type(token).__name__}")
-        except UnicodeError:
-            raise ConfigError("the token is not UTF-8 text; is it the right file?") from None
+        self._source: Callable[[], str | bytes] | None = None
+        self._token = ""
+        if isinstance(token, os.PathLike):
+            self._source = TokenFile(token)
+        elif callable(token):
+            self._source = token
+        else:
+            self._token = _token_text(token)
 
     def __repr__(self) -> str:
         return "<Requests>"
@@ -145,33 +144,33 @@ class Requests:
         return self._call(Health(), _detail)
 
     def generate_data_key(self, key_id: str | None, aad: BytesLike) -> Call[DataKey]:
-        _check_text("key_id", key_id, is_optional=True)
-        return self._call(GenerateDataKey(key_id=key_id, aad=_octets("aad", aad) or None), _data_key)
+        check_text("key_id", key_id, is_optional=True)
+        return self._call(GenerateDataKey(key_id=key_id, aad=octets("aad", aad) or None), _data_key)
 
     def encrypt(self, plaintext: BytesLike, key_id: str | None, aad: BytesLike) -> Call[bytes]:
-        _check_text("key_id", key_id, is_optional=True)
-        request = Encrypt(plaintext=_octets("plaintext", plaintext), key_id=key_id, aad=_octets("aad", aad) or None)
+        check_text("key_id", key_id, is_optional=True)
+        request = Encrypt(plaintext=octets("plaintext", plaintext), key_id=key_id, aad=octets("aad", aad) or None)
         return self._call(request, _ciphertext)
 
     def decrypt(self, ciphertext: BytesLike, aad: BytesLike, source_key_id: str | None = None) -> Call[bytes]:
         blob = _from_source(ciphertext, source_key_id)
-        request = Decrypt(ciphertext=blob, source_key_id=source_key_id, aad=_octets("aad", aad) or None)
+        request = Decrypt(ciphertext=blob, source_key_id=source_key_id, aad=octets("aad", aad) or None)
         return self._call(request, _plaintext)
 
     def reencrypt(
         self, ciphertext: BytesLike, key_id: str, aad: BytesLike, source_key_id: str | None = None
     ) -> Call[bytes]:
-        _check_text("key_id", key_id)
-        blob, aad = _from_source(ciphertext, source_key_id), _octets("aad", aad)
+        check_text("key_id", key_id)
+        blob, aad = _from_source(ciphertext, source_key_id), octets("aad", aad)
         request = ReEncrypt(ciphertext=blob, source_key_id=source_key_id, key_id=key_id, aad=aad or None)
         return self._call(request, _ciphertext)
 
     def create_key_group(self, key_id: str) -> Call[KeyGroupView]:
-        _check_text("key_id", key_id)
+        check_text("key_id", key_id)
         return self._call(CreateKeyGroup(key_id=key_id), _key_group)
 
     def rotate_key_group(self, key_id: str) -> Call[KeyGroupView]:
-        _check_text("key_id", key_id)
+        check_text("key_id", key_id)
         return self._call(RotateKeyGroup(key_id=key_id), _key_group)
 
     def list_key_groups(self, usage: bool) -> Call[list[KeyGroupView]]:  # noqa: FBT001 - what `KmsClient` calls by name
@@ -189,30 +188,46 @@ class Requests:
         return self._call(request, partial(_page, next_token))
 
     def describe_key_group(self, key_id: str) -> Call[KeyGroupView]:
-        _check_text("key_id", key_id)
+        check_text("key_id", key_id)
         return self._call(DescribeKeyGroup(key_id=key_id), _key_group)
 
     def disable_version(self, key_id: str, version: int, for_seconds: int | None) -> Call[str]:
-        _check_text("key_id", key_id)
+        check_text("key_id", key_id)
         seconds = None if for_seconds is None else _number("for_seconds", for_seconds)
         request = DisableVersion(key_id=key_id, version=_number("version", version), for_seconds=seconds)
         return self._call(request, _detail if for_seconds is None else _timed_detail)
 
     def enable_version(self, key_id: str, version: int) -> Call[str]:
-        _check_text("key_id", key_id)
+        check_text("key_id", key_id)
         return self._call(EnableVersion(key_id=key_id, version=_number("version", version)), _detail)
 
     def destroy_version(self, key_id: str, version: int) -> Call[str]:
-        _check_text("key_id", key_id)
+        check_text("key_id", key_id)
         return self._call(DestroyVersion(key_id=key_id, version=_number("version", version)), _detail)
 
     def _call(self, request: Request, read: Callable[[str | None, bytes], T]) -> Call[T]:
-        request.token, request.request_id = self._token, self._request_id
+        request.token = self._token if self._source is None else _token_text(self._source())
+        request.request_id = self._request_id
         try:
             return Call(encode(request) + b"\n", partial(read, self._request_id), request.changes)
         except UnicodeEncodeError:
             # A name with a lone surrogate, which is what Python makes of a bad byte on the command line.
             raise InvalidRequestError("keyId: not UTF-8 text") from None
+
+
+def _token_text(token: TokenText) -> str:
+    try:
+        if isinstance(token, str):
+            token.encode("utf-8")
+            return token
+        if isinstance(token, bytes):
+            return token.decode("utf-8")
+        if isinstance(token, Secret):
+            with token.view() as view:
+                return str(view, "utf-8")
+    except UnicodeError:
+        raise ConfigError("the token is not UTF-8 text; is it the right file?") from None
+    raise TypeError(f"token has to be str or bytes, not {type(token).__name__}")
 
 
 class Exchange(Generic[T]):
@@ -362,7 +377,7 @@ class Exchange(Generic[T]):
             self._error = error
 
 
-def _octets(name: str, value: BytesLike) -> bytes:
+def octets(name: str, value: BytesLike) -> bytes:
     """`value` as bytes, or `TypeError`. Text is not taken: whether it was meant as itself or as base64, nobody knows."""
     if type(value) is bytes:
         return value
@@ -372,7 +387,7 @@ def _octets(name: str, value: BytesLike) -> bytes:
     raise TypeError(f"{name} has to be bytes, not {type(value).__name__}{hint}")
 
 
-def _check_text(name: str, value: object, *, is_optional: bool = False) -> None:
+def check_text(name: str, value: object, *, is_optional: bool = False) -> None:
     if not (isinstance(value, str) or (is_optional and value is None)):
         raise TypeError(f"{name} has to be str{' or None' if is_optional else ''}, not {type(value).__name__}")
 
@@ -394,8 +409,8 @@ def _number(name: str, value: SupportsIndex) -> int:
 
 def _from_source(ciphertext: BytesLike, source_key_id: str | None) -> bytes:
     """`ciphertext`; `DecryptionFailedError` unless it names the group `source_key_id`: an older server would not look."""
-    blob = _octets("ciphertext", ciphertext)
-    _check_text("source_key_id", source_key_id, is_optional=True)
+    blob = octets("ciphertext", ciphertext)
+    check_text("source_key_id", source_key_id, is_optional=True)
     if source_key_id is not None and ciphertext_group(blob) != group_of(source_key_id):
         raise DecryptionFailedError
     return blob

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from kms import limits
 from kms.errors import ConfigError
+from kms.host.paths import data_directory
 from kms.service.audit_settings import AuditSettings, DataAudit
 
 ENVIRONMENT: Final = {
@@ -62,15 +63,6 @@ class ServerConfig:
     metrics_port: int | None
     metrics_groups: bool
     """Whether the metrics name key groups."""
-
-
-def data_directory(environ: Mapping[str, str]) -> Path:
-    """Where keystore, tokens and socket live unless told otherwise."""
-    base = environ.get("XDG_DATA_HOME")
-    if base:
-        return Path(base) / "mini-kms"
-    home = environ.get("HOME")
-    return (Path(home) if home else Path.home()) / ".mini-kms"
 
 
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfig:

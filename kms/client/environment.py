@@ -1,0 +1,135 @@
+"""Where the server is and which token it is shown, when only the environment says so; and tokens that are in a file."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final, NamedTuple
+
+from kms.client.known_server import loopback
+from kms.errors import ConfigError
+from kms.host.paths import data_directory
+from kms.host.private import read_secret
+from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_PORT
+
+_LOOK_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Plane:
+    """One of the two tokens and where it is found."""
+
+    name: str
+    variable: str
+    file_variable: str
+    file_name: str
+    option: str
+
+
+API: Final = Plane("API token", "MINIKMS_API_TOKEN", "MINIKMS_API_TOKEN_FILE", "api.token", "--token-file")
+ADMIN: Final = Plane("admin token", "MINIKMS_ADMIN_TOKEN", "MINIKMS_ADMIN_TOKEN_FILE", "admin.token", "--admin-token-file")
+
+
+class Address(NamedTuple):
+    """Where the server is: a Unix socket, or else host and port."""
+
+    unix: Path | None
+    host: str = DEFAULT_TCP_HOST
+    port: int = DEFAULT_TCP_PORT
+
+
+def find_server(tcp: str | None, unix: str | None, environ: Mapping[str, str]) -> Address:
+    """Where the server is, from the flags or the environment; raises `ConfigError`."""
+    if tcp is not None and unix is not None:
+        raise ConfigError("--tcp and --unix exclude each other; give one")
+    if unix is not None:
+        return Address(Path(unix))
+    if tcp is not None:
+        return _parse_tcp(tcp)
+    named, port = environ.get("MINIKMS_UNIX_SOCKET"), environ.get("MINIKMS_TCP_PORT")
+    if named:
+        return Address(Path(named))
+    usual = data_directory(environ) / "kms.sock"
+    if port and not usual.exists():
+        return Address(None, port=_port(port, "MINIKMS_TCP_PORT"))
+    # Whether it is there or not. By TCP only where somebody said so: while no server listens, its port is anybody's.
+    return Address(usual)
+
+
+def _parse_tcp(text: str) -> Address:
+    host, colon, port = text.rpartition(":")
+    if not colon or not host:
+        raise ConfigError(f"--tcp: give HOST:PORT, such as {DEFAULT_TCP_HOST}:{DEFAULT_TCP_PORT}")
+    try:
+        host = loopback(host.removeprefix("[").removesuffix("]"))
+    except ConfigError as error:
+        raise ConfigError(f"--tcp: {error}") from None
+    return Address(None, host, _port(port, "--tcp"))
+
+
+def _port(text: str, origin: str) -> int:
+    if not (text.isascii() and text.isdigit() and 1 <= int(text) <= MAX_PORT):
+        raise ConfigError(f"{origin}: a port is a number from 1 to {MAX_PORT}")
+    return int(text)
+
+
+def token_file(flag: str | None, plane: Plane, environ: Mapping[str, str]) -> Path | None:
+    """The file that holds the token of `plane`: flag, then environment, then the data directory's if it exists."""
+    named = flag or environ.get(plane.file_variable)
+    if named:
+        return Path(named)
+    usual = data_directory(environ) / plane.file_name
+    return usual if os.path.lexists(usual) else None
+
+
+def token(plane: Plane, address: Address, environ: Mapping[str, str]) -> str | TokenFile:
+    """The token of `plane`: the environment's, else that in a file; empty where the server knows a user by its id.
+
+    Raises `ConfigError` when there is none, and over TCP nobody is known otherwise.
+    """
+    if value := environ.get(plane.variable):
+        return value
+    file = token_file(None, plane, environ)
+    if file is not None:
+        return TokenFile(file)
+    if address.unix is not None:
+        return ""
+    raise ConfigError(f"there is no {plane.name}; set {plane.variable}, or name a file with {plane.file_variable}")
+
+
+class TokenFile:
+    """The token in a private file, which is read again when it has changed. It is looked at once a second at the most."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Raises what `read_secret` raises."""
+        self._path = Path(path)
+        self._read()
+
+    def __call__(self) -> str:
+        """The token; raises what `read_secret` raises, where the file has changed."""
+        if time.monotonic() - self._looked >= _LOOK_SECONDS and self._identified() != self._identity:
+            self._read()
+        return self._token
+
+    def __repr__(self) -> str:
+        return f"<TokenFile {self._path}>"
+
+    def _read(self) -> None:
+        identity = self._identified()
+        with read_secret(self._path) as secret, secret.view() as view:
+            try:
+                self._token = str(view, "utf-8")
+            except UnicodeError:
+                raise ConfigError(f"the token in {self._path} is not UTF-8 text; is it the right file?") from None
+        self._identity = identity
+
+    def _identified(self) -> tuple[int, ...] | None:
+        self._looked = time.monotonic()
+        try:
+            state = self._path.stat()
+        except OSError:
+            return None
+        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
