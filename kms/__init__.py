@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from kms.client.blocking import KmsClient
     from kms.client.protocol import DataKey
     from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
-    from kms.wire.messages import KeyGroupView, VersionView
+    from kms.wire.messages import KeyGroupView, VersionState, VersionView
 
     __version__: str
 
@@ -68,6 +68,7 @@ __all__ = [
     "UnauthorizedError",
     "UnavailableError",
     "UnknownServerError",
+    "VersionState",
     "VersionUsage",
     "VersionView",
     "WireError",
@@ -82,6 +83,7 @@ _LAZY = {
     "Operations": "kms.core.usage",
     "Refusals": "kms.core.usage",
     "TimedDisable": "kms.core.usage",
+    "VersionState": "kms.wire.messages",
     "VersionUsage": "kms.core.usage",
     "VersionView": "kms.wire.messages",
 }

@@ -24,10 +24,10 @@ from kms.errors import SaveFailedError, SaveOutcomeUnknownError, UnauthorizedErr
 from kms.storage import file
 from kms.storage.audit_log import AuditLog
 from kms.storage.file import KeystoreLock
-from kms.wire.messages import KeyGroupView, VersionView
+from kms.wire.messages import KeyGroupView, VersionState, VersionView
 from kms_tests.audit_logs import operation
 
-GROUP = KeyGroupView("billing", 1, [VersionView(1, "ACTIVE", 1700000000)])
+GROUP = KeyGroupView("billing", 1, [VersionView(1, VersionState.ACTIVE, 1700000000)])
 UNUSED = VersionUsage(since_epoch_sec=1700000000, operations=Operations())
 
 
@@ -44,7 +44,7 @@ class FakeAdmin:
 
     def __init__(self) -> None:
         self.asked = []
-        self.described = KeyGroupView("billing", 4, [VersionView(3, "DISABLED", 1700000000, UNUSED)])
+        self.described = KeyGroupView("billing", 4, [VersionView(3, VersionState.DISABLED, 1700000000, UNUSED)])
 
     def iter_key_groups(self, *, usage: bool) -> list[KeyGroupView]:
         self.asked.append(("list", usage))
@@ -191,7 +191,7 @@ def over(fake: FakeAdmin) -> TimedDisable:
     """A timed disable of version 3, which has ended."""
     trial = TimedDisable("admin", 100, 160, {"nightly": Refusals(2, 130)}, 160)
     usage = VersionUsage(since_epoch_sec=0, operations=Operations(), timed_disable=trial)
-    fake.described.versions[0] = VersionView(3, "ENABLED", 0, usage)
+    fake.described.versions[0] = VersionView(3, VersionState.ENABLED, 0, usage)
     return trial
 
 

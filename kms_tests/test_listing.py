@@ -27,7 +27,7 @@ from kms.server.crowd import Crowd
 from kms.server.outbox import Outbox
 from kms.service import listing
 from kms.service.served import Peer
-from kms.wire.messages import KeyGroupReply, KeyGroupsReply, KeyGroupView, VersionView, encode
+from kms.wire.messages import KeyGroupReply, KeyGroupsReply, KeyGroupView, VersionState, VersionView, encode
 from kms_tests.in_memory import ADMIN, PEER, Server, answered, mint
 
 LIST = b'{"type":"ListKeyGroups","token":"%b"}\n' % ADMIN.encode()
@@ -79,7 +79,7 @@ async def test_a_list_in_pieces_is_the_line_that_it_always_was(number: int, requ
     line = {"type": "ListKeyGroups", "token": ADMIN} | ({} if request_id is None else {"requestId": request_id})
     made = await answered(server.pipeline.session(PEER).serve(json.dumps(line).encode()))
     views = [
-        KeyGroupView(group.key_id, 1, [VersionView(1, "ACTIVE", group.created_at)])
+        KeyGroupView(group.key_id, 1, [VersionView(1, VersionState.ACTIVE, group.created_at)])
         for group in server.manager.list_groups()
     ]
     assert made == encode(KeyGroupsReply(views, request_id=request_id))
@@ -93,8 +93,8 @@ async def test_a_description_in_pieces_is_the_line_that_it_always_was(name: str,
     several = {number: replace(made, version=number) for number in range(1, versions + 1)}
     group = KeyGroup(name, 5, several[versions], several)
     server.manager.current = Keyring(1, {name: group})
-    views = [VersionView(one.version, "ACTIVE", 1) for one in several.values()]
-    used = [VersionView(one.version, "ACTIVE", 1, server.usage.of(one)) for one in several.values()]
+    views = [VersionView(one.version, VersionState.ACTIVE, 1) for one in several.values()]
+    used = [VersionView(one.version, VersionState.ACTIVE, 1, server.usage.of(one)) for one in several.values()]
 
     async def asked(kind: str, **fields: Any) -> bytes:
         line = {"type": kind, "token": ADMIN, "requestId": name, **fields}
@@ -305,7 +305,7 @@ async def test_a_bug_in_the_middle_of_a_list_ends_the_connection_and_not_the_lin
     def shown(*_: object) -> VersionView:
         if len(asked) > 30_000:
             raise LookupError("a bug")
-        return VersionView(1, "ACTIVE", 5)
+        return VersionView(1, VersionState.ACTIVE, 5)
 
     monkeypatch.setattr("kms.service.listing.VersionView", shown)
     async with conversation(server) as talk:

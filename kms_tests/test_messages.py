@@ -356,7 +356,7 @@ def test_the_repr_of_a_request_says_its_type_alone(kind: str) -> None:
     assert repr(decode_request(_line(kind, token="hunter2"))) == f"<{kind}>"
 
 
-GROUP = messages.KeyGroupView("billing", 2, [messages.VersionView(2, "ACTIVE", 1_700_000_000)])
+GROUP = messages.KeyGroupView("billing", 2, [messages.VersionView(2, messages.VersionState.ACTIVE, 1_700_000_000)])
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,13 @@ import pytest
 
 from kms.cli import render
 from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
-from kms.wire.messages import KeyGroupView, VersionView
+from kms.wire.messages import KeyGroupView, VersionState, VersionView
 
 GROUPS = [
-    KeyGroupView("billing", 2, [VersionView(1, "DESTROYED", 1700000000), VersionView(2, "ACTIVE", 1700000100)]),
-    KeyGroupView("[red]odd\x1b\n", 1, [VersionView(1, "ACTIVE", 1 << 62)]),
+    KeyGroupView(
+        "billing", 2, [VersionView(1, VersionState.DESTROYED, 1700000000), VersionView(2, VersionState.ACTIVE, 1700000100)]
+    ),
+    KeyGroupView("[red]odd\x1b\n", 1, [VersionView(1, VersionState.ACTIVE, 1 << 62)]),
 ]
 
 
@@ -99,7 +101,11 @@ UNUSED = VersionUsage(since_epoch_sec=NOW - 200, operations=Operations())
 DESCRIBED = KeyGroupView(
     "odd\x1b",
     3,
-    [VersionView(1, "ENABLED", NOW - 300, USED), VersionView(2, "DISABLED", 0, UNUSED), VersionView(3, "ACTIVE", 0)],
+    [
+        VersionView(1, VersionState.ENABLED, NOW - 300, USED),
+        VersionView(2, VersionState.DISABLED, 0, UNUSED),
+        VersionView(3, VersionState.ACTIVE, 0),
+    ],
 )
 
 

@@ -14,7 +14,7 @@ from kms.cli import prompt, retiring
 from kms.client.blocking import KmsClient
 from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
 from kms.errors import InternalError, InvalidRequestError, ServerUnreachableError, UnauthorizedError
-from kms.wire.messages import KeyGroupView, VersionView
+from kms.wire.messages import KeyGroupView, VersionState, VersionView
 
 NOW = 1_800_000_000
 DAY = 24 * 3600
@@ -34,7 +34,9 @@ class Described:
         if self.error is not None:
             raise self.error
         return KeyGroupView(
-            key_id, 9, [VersionView(1, self.status, 0, self.usage), VersionView(9, "ACTIVE", 0, self.usage)]
+            key_id,
+            9,
+            [VersionView(1, VersionState(self.status), 0, self.usage), VersionView(9, VersionState.ACTIVE, 0, self.usage)],
         )
 
     def __call__(self) -> KmsClient:

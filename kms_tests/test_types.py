@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import re
 import socket
 from collections.abc import Callable, Iterator
@@ -179,3 +180,13 @@ def test_whatever_a_method_returns_or_raises_is_exported(kind: type) -> None:
     for name, error in inspect.getmembers(kms.errors, inspect.isclass):
         if issubclass(error, kms.WireError):
             assert name in kms.__all__
+
+
+def test_a_state_is_an_enum_and_still_its_text_and_one_that_is_not_known_yet_is_unknown() -> None:
+    versions = [{"version": 1, "status": status, "createdAtEpochSec": 1} for status in ("ACTIVE", "PENDING_DELETION")]
+    reply = {"status": "ok", "keyGroup": {"keyId": "a", "activeVersion": 1, "versions": versions}}
+    read = Requests("t").describe_key_group("a").read(json.dumps(reply).encode())
+    known, later = (version.status for version in read.versions)
+    assert known is kms.VersionState.ACTIVE
+    assert (known, f"{known}") == ("ACTIVE", "ACTIVE")
+    assert later is kms.VersionState.UNKNOWN

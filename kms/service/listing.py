@@ -20,13 +20,13 @@ from typing import Final, Protocol
 
 import trio
 
-from kms.core.keyring import KeyGroup
+from kms.core.keyring import KeyGroup, VersionStatus
 from kms.core.policy import Operation
 from kms.core.provider import UsageKeeper
 from kms.errors import InvalidRequestError
 from kms.limits import LIST_PAGE_BYTES, READ_BYTES
 from kms.wire import messages
-from kms.wire.messages import KeyGroupReply, KeyGroupsReply, KeyGroupView, Reply, VersionView, encode
+from kms.wire.messages import KeyGroupReply, KeyGroupsReply, KeyGroupView, Reply, VersionState, VersionView, encode
 
 _PIECE: Final = 200
 """Groups and versions that are put into a reply before others have their turn: some 0.2 ms."""
@@ -139,6 +139,7 @@ class Listing:
         raise InvalidRequestError("nextToken: not one of this list")
 
 
+_STATES: Final = {status: VersionState(status.value) for status in VersionStatus}
 _GROUPS: Final = b'"keyGroups":['
 _VERSIONS: Final = b'"versions":['
 
@@ -161,7 +162,7 @@ async def _versions(group: KeyGroup, usage: UsageKeeper | None) -> AsyncGenerato
         if not is_first:
             await trio.lowlevel.checkpoint()
         shown = [
-            VersionView(one.version, one.status.value, one.created_at, None if usage is None else usage.usage_of(one))
+            VersionView(one.version, _STATES[one.status], one.created_at, None if usage is None else usage.usage_of(one))
             for one in some
         ]
         encoded = encode(shown)[1:-1]

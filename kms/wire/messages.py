@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from base64 import b64encode
+from enum import StrEnum
 from itertools import accumulate
 from typing import Annotated, ClassVar, Final
 
@@ -159,11 +160,25 @@ AnyRequest = (
 )
 
 
+class VersionState(StrEnum):
+    """The state of a version. UNKNOWN is one of a server that is newer than this client."""
+
+    ACTIVE = "ACTIVE"
+    ENABLED = "ENABLED"
+    DISABLED = "DISABLED"
+    DESTROYED = "DESTROYED"
+    UNKNOWN = "UNKNOWN"
+
+    @classmethod
+    def _missing_(cls, value: object) -> VersionState | None:
+        return cls.UNKNOWN if isinstance(value, str) else None
+
+
 class VersionView(Struct, rename="camel", omit_defaults=True):
     """A KEK version as people see it; `created_at_epoch_sec` is seconds since 1970, `usage` for who asked for it."""
 
     version: int
-    status: str
+    status: VersionState
     created_at_epoch_sec: int
     usage: VersionUsage | None = None
 
