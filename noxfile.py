@@ -93,7 +93,7 @@ for _version, _path in INTERPRETERS.items():
 @nox.session
 def integration(session: nox.Session) -> None:
     """The tests that drive the real programs."""
-    install(session, "test")
+    install(session, "integration")
     session.run(*INTEGRATION_TESTS, *session.posargs)
 
 
