@@ -96,6 +96,17 @@ def test_a_token_may_be_a_path_of_its_file_or_what_gives_it(data: Path) -> None:
     assert [shown(requests), shown(requests)] == ["first", "second"]
 
 
+@pytest.mark.parametrize("end", ["", "\n", "\r\n"])
+@pytest.mark.parametrize("kind", [str, str.encode])
+def test_a_token_that_was_read_from_a_file_may_have_its_line_end(kind: Any, end: str) -> None:
+    assert shown(Requests(kind("t0ken" + end))) == "t0ken"
+
+
+@pytest.mark.parametrize("token", ["t\n\n", "t\r", " t "])
+def test_nothing_else_is_taken_from_a_token(token: str) -> None:
+    assert shown(Requests(token)) == (token[:-1] if token.endswith("\n") else token)
+
+
 def test_a_file_that_has_changed_is_read_again(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = 1000.0
     monkeypatch.setattr("kms.client.environment.time.monotonic", lambda: now)

@@ -216,18 +216,21 @@ class Requests:
 
 
 def _token_text(token: TokenText) -> str:
+    """A token as text, without one line end: that of a file which was read whole."""
     try:
         if isinstance(token, str):
             token.encode("utf-8")
-            return token
-        if isinstance(token, bytes):
-            return token.decode("utf-8")
-        if isinstance(token, Secret):
+            text = token
+        elif isinstance(token, bytes):
+            text = token.decode("utf-8")
+        elif isinstance(token, Secret):
             with token.view() as view:
-                return str(view, "utf-8")
+                text = str(view, "utf-8")
+        else:
+            raise TypeError(f"token has to be str or bytes, not {type(token).__name__}")
     except UnicodeError:
         raise ConfigError("the token is not UTF-8 text; is it the right file?") from None
-    raise TypeError(f"token has to be str or bytes, not {type(token).__name__}")
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
 
 
 class Exchange(Generic[T]):
