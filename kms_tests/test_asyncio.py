@@ -8,6 +8,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -136,6 +137,24 @@ def test_in_another_loop_it_begins_anew(run: Run, served: tuple[Door, str]) -> N
         assert door.connected == number
     trio.run(use)
     on_asyncio(use)
+    made[0]._links.close()
+
+
+def test_two_loops_in_two_threads_do_not_end_each_others_calls(served: tuple[Door, str]) -> None:
+    made: list[AsyncKmsClient] = []
+
+    async def make() -> None:
+        made.append(await connected(served[1]))
+
+    async def use() -> None:
+        for number in range(200):
+            text = b"%03d" % number
+            assert await made[0].encrypt(text) == text[::-1]
+
+    on_asyncio(make)
+    with ThreadPoolExecutor(4) as pool:
+        for loop in [pool.submit(run, use) for run in (on_asyncio, trio.run, on_asyncio, trio.run)]:
+            loop.result(60)
     made[0]._links.close()
 
 

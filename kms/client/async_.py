@@ -296,8 +296,9 @@ class AsyncKmsClient:
     def _begin_in(self, loop: Loop) -> None:
         identity = loop.identity
         if identity is not self._identity:
+            # Not those that are in use: another loop may run in another thread.
             if self._identity is not None and self._links.has_others:
-                self._links.begin_anew()
+                self._links.drop_idle()
             self._identity = identity
             self._waiting, self._connecting = [], 0
 

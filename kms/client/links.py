@@ -148,6 +148,11 @@ class Links:
             link.close()
             self._changed.notify()
 
+    def drop_idle(self) -> None:
+        """Whatever is asked next is asked on a new connection."""
+        with self._lock:
+            self._drop_idle()
+
     def close(self) -> None:
         """End all connections, those that are in use too. Closing twice does nothing more."""
         with self._lock:
@@ -224,7 +229,7 @@ class Links:
             self._idle.pop()[0].close()
 
     def begin_anew(self) -> None:
-        """In the child of a fork, or in another event loop: forget all connections, and close them here."""
+        """In the child of a fork: forget all connections, and close them here."""
         self._process = os.getpid()
         self._lock = threading.Lock()
         self._changed = threading.Condition(self._lock)
