@@ -136,6 +136,7 @@ def test_what_the_readme_links_to_is_there() -> None:
 
 
 def test_each_example_is_on_the_page_of_examples() -> None:
-    programs = {path.name for path in (DOCS / "examples").iterdir() if path.suffix in (".py", ".sh")}
+    here = DOCS / "examples"
+    programs = {str(path.relative_to(here)) for path in here.rglob("*") if path.suffix in (".py", ".sh")}
     text = page("examples/index.rst")
-    assert programs == set(re.findall(r"literalinclude:: (\S+)", text)) == set(re.findall(r"`(\S+) <\1>`__", text))
+    assert programs == set(re.findall(r"literalinclude:: (\S+)", text)) == set(re.findall(r"`[^`<]+ <([^>`]+)>`__", text))
