@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import subprocess
 import sys
+import tempfile
 import textwrap
+import threading
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import trio
 
 from kms.client.async_ import AsyncKmsClient
-from kms.client.loops import current
+from kms.client.blocking import KmsClient
+from kms.client.loops import Loop, current
 from kms.errors import OutcomeUnknownError, ServerUnreachableError, ThrottledError
 from kms.limits import MAX_CLIENT_CONNECTIONS
 from kms_tests.test_blocking import THROTTLED, answer
@@ -195,9 +200,6 @@ def test_what_is_cancelled_ends_its_connection_and_no_other() -> None:
 
 @contextlib.contextmanager
 def listening_with(*serve: Any) -> Iterator[tuple[Door, str]]:
-    import tempfile
-    from pathlib import Path
-
     with tempfile.TemporaryDirectory() as directory, listening(Path(directory), *serve) as found:
         yield found
 
@@ -266,3 +268,118 @@ def test_who_closes_it_ends_the_calls_of_others(run: Run) -> None:
 
     with listening_with(quiet) as (_, path):
         run(work)
+
+
+def at_once(run: Run, client: AsyncKmsClient, number: int) -> Callable[[], Awaitable[list[object]]]:
+    """So many calls at once; what each came to."""
+    came: list[object] = []
+
+    async def one(text: bytes) -> None:
+        try:
+            came.append(await client.encrypt(text) == text[::-1])
+        except ServerUnreachableError as error:
+            came.append(str(error))
+
+    async def all_of_them() -> list[object]:
+        texts = [b"%03d" % index for index in range(number)]
+        if run is on_asyncio:
+            await asyncio.gather(*map(one, texts))
+        else:
+            async with trio.open_nursery() as nursery:
+                for text in texts:
+                    nursery.start_soon(one, text)
+        return came
+
+    return all_of_them
+
+
+@every_loop
+def test_more_calls_than_connections_wait_for_each_other(run: Run, served: tuple[Door, str]) -> None:
+    async def work() -> None:
+        async with await connected(served[1]) as client:
+            client._links._most = 2
+            assert await at_once(run, client, 50)() == [True] * 50
+
+    run(work)
+    assert served[0].connected == 2
+
+
+@every_loop
+def test_who_waits_for_a_connection_does_not_wait_for_ever(run: Run) -> None:
+    async def work() -> None:
+        async with await connected(path, timeout=0.05) as client:
+            client._links._most = 1
+            came = await at_once(run, client, 3)()
+        assert any("did not answer" in str(one) for one in came)
+        assert all("did not answer" in str(one) or "are in use" in str(one) for one in came)
+
+    with listening_with(quiet) as (_, path):
+        run(work)
+
+
+@every_loop
+def test_a_server_that_starts_again_is_waited_for(run: Run, served: tuple[Door, str]) -> None:
+    async def work() -> None:
+        async with await connected(served[1]) as client:
+            await client.health()
+            connect, refused = client._connect, 0
+            assert connect is not None
+
+            async def starting(loop: Loop, within: float) -> socket.socket:
+                nonlocal refused
+                refused += 1
+                if refused < 4:
+                    raise ServerUnreachableError("no server answers")
+                return await connect(loop, within)
+
+            client._connect = starting
+            client._links.drop_idle()
+            assert await client.encrypt(b"ab") == b"ba"
+            assert refused == 4
+            refused = -(10**9)
+            client._timeout = 0.05
+            client._links.drop_idle()
+            with pytest.raises(ServerUnreachableError, match="no server answers"):
+                await client.health()
+
+    run(work)
+
+
+@every_loop
+def test_it_connects_over_tcp(run: Run) -> None:
+    door = Door()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def accept() -> None:
+            with contextlib.suppress(OSError):
+                door.take_up(listener.accept()[0])
+
+        thread = threading.Thread(target=accept)
+        thread.start()
+        port = listener.getsockname()[1]
+
+        async def work() -> None:
+            async with await AsyncKmsClient.connect_tcp(port=port, token="token") as client:
+                assert await client.encrypt(b"ab") == b"ba"
+
+        run(work)
+        thread.join(10)
+
+    async def nobody() -> None:
+        with pytest.raises(ServerUnreachableError, match="Connection refused"):
+            await AsyncKmsClient.connect_tcp(port=port, token="token")
+
+    run(nobody)
+
+
+@every_loop
+def test_from_env_finds_a_server_over_tcp_too(run: Run, tmp_path: Path) -> None:
+    environ = {"HOME": str(tmp_path), "MINIKMS_TCP_PORT": "1", "MINIKMS_API_TOKEN": "t"}
+
+    async def nobody() -> None:
+        with pytest.raises(ServerUnreachableError, match=r"127\.0\.0\.1:1"):
+            await AsyncKmsClient.from_env(environ=environ)
+
+    run(nobody)
+    with pytest.raises(ServerUnreachableError, match=r"127\.0\.0\.1:1"):
+        KmsClient.from_env(environ=environ)
