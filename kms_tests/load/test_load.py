@@ -23,7 +23,7 @@ from kms_tests.faults import keystores
 from kms_tests.integration.processes import Machine, Server
 from kms_tests.load import attacks
 from kms_tests.load.abuser import abused
-from kms_tests.load.watch import SETTLE, HonestClient, unharmed, wait_for
+from kms_tests.load.watch import unharmed, until_measured
 
 MOST_FOR_LISTS: Final = 64 << 20
 """Bytes: a hundred whole lists would be 1.5 GiB."""
@@ -100,10 +100,6 @@ def test_random_bytes(server: Server) -> None:
     print(f"seed {seed}")
     with unharmed(server):
         attacks.noise(server, Random(seed))
-
-
-def until_measured(server: Server, honest: list[HonestClient]) -> None:
-    wait_for(server, "honest clients are measured beside it", lambda: all(one.is_measured for one in honest), SETTLE)
 
 
 def test_a_principal_without_a_grant_that_asks_as_fast_as_it_can(machine: Machine) -> None:

@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -213,6 +213,17 @@ class HonestClient:
         self._wire.close()
 
 
+def until_measured(server: Server, honest: Sequence[HonestClient]) -> None:
+    """Return once there is a percentile of each to speak of, however long that takes, as long as they go on."""
+    while waiting := [one for one in honest if not one.is_measured]:
+        answered = [one.answered for one in waiting]
+
+        def go_on(waiting: list[HonestClient] = waiting, answered: list[int] = answered) -> bool:
+            return all(one.is_measured or one.answered > before for one, before in zip(waiting, answered, strict=True))
+
+        wait_for(server, "honest clients are answered", go_on)
+
+
 @contextmanager
 def unharmed(
     server: Server,
@@ -233,7 +244,7 @@ def unharmed(
         before = Usage.of(server)
         Usage.forget_peak(server)
         yield honest
-        wait_for(server, "honest clients were answered often", lambda: all(one.is_measured for one in honest), settle)
+        until_measured(server, honest)
         _check_came_back(server, before, settle)
         after = Usage.of(server)
     for client in honest:
