@@ -11,8 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from kms.client.environment import ADMIN, API, find_server
-from kms.client.environment import token as token_of
+from kms.client.environment import ADMIN, API, found
 from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Links
 from kms.client.loops import Event, Loop, current
@@ -107,9 +106,7 @@ class AsyncKmsClient:
         environ: Mapping[str, str] | None = None,
     ) -> Self:
         """As `KmsClient.from_env`."""
-        found = os.environ if environ is None else environ
-        address, user = find_server(None, None, found), found.get("MINIKMS_SERVER_USER") or None
-        token = token_of(ADMIN if admin else API, address, found)
+        address, token, user = found(ADMIN if admin else API, environ)
         if address.unix is not None:
             return await cls.connect_unix(
                 address.unix, token=token, timeout=timeout, request_id=request_id, server_user=user

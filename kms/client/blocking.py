@@ -11,8 +11,7 @@ from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from kms.client.environment import ADMIN, API, find_server
-from kms.client.environment import token as token_of
+from kms.client.environment import ADMIN, API, found
 from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Connect, Links
 from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token, check_text
@@ -123,9 +122,7 @@ class KmsClient:
         file `MINIKMS_API_TOKEN_FILE`, else `<data>/api.token`, which is read again when it changes; with `admin` those of
         the admin token. Without a token the server may know this process by its user id. `environ` is `os.environ`.
         """
-        found = os.environ if environ is None else environ
-        address, user = find_server(None, None, found), found.get("MINIKMS_SERVER_USER") or None
-        token = token_of(ADMIN if admin else API, address, found)
+        address, token, user = found(ADMIN if admin else API, environ)
         if address.unix is not None:
             return cls.connect_unix(address.unix, token=token, timeout=timeout, request_id=request_id, server_user=user)
         return cls.connect_tcp(

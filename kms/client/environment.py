@@ -100,6 +100,21 @@ def token(plane: Plane, address: Address, environ: Mapping[str, str]) -> str | T
     raise ConfigError(f"there is no {plane.name}; set {plane.variable}, or name a file with {plane.file_variable}")
 
 
+class Found(NamedTuple):
+    """All that a client needs to be told, which the environment says."""
+
+    address: Address
+    token: str | TokenFile
+    server_user: str | None
+
+
+def found(plane: Plane, environ: Mapping[str, str] | None) -> Found:
+    """What `environ`, or that of this process, says; raises `ConfigError`."""
+    said = os.environ if environ is None else environ
+    address = find_server(None, None, said)
+    return Found(address, token(plane, address, said), said.get("MINIKMS_SERVER_USER") or None)
+
+
 class TokenFile:
     """The token in a private file, which is read again when it has changed. It is looked at once a second at the most."""
 

@@ -11,9 +11,8 @@ from __future__ import annotations
 from typing import Final, NamedTuple
 
 from kms.core.envelope import OVERHEAD_BYTES
-from kms.core.names import is_nameable
 from kms.errors import DecryptionFailedError
-from kms.limits import MAX_VERSION
+from kms.limits import MAX_GROUP_NAME_BYTES, MAX_VERSION
 
 FORMAT: Final = 2
 
@@ -37,7 +36,7 @@ def header(group: str, version: int) -> bytes:
         raise ValueError("a group name is not empty")
     if not 1 <= version <= MAX_VERSION:
         raise ValueError("a version is 1 to 2^63-1")
-    return bytes((FORMAT, len(name) if is_nameable(group) else 0)) + name + version.to_bytes(8, "big")
+    return bytes((FORMAT, len(name) if len(name) <= MAX_GROUP_NAME_BYTES else 0)) + name + version.to_bytes(8, "big")
 
 
 def header_of(blob: bytes) -> bytes:
