@@ -21,6 +21,8 @@ EXIT_SYSTEM = 71
 EXIT_IO = 74
 EXIT_TEMPFAIL = 75
 EXIT_PERMISSION = 77
+EXIT_BROKEN_PIPE = 141
+"""What a shell reports for a program that SIGPIPE ended, as it ends most programs whose reader went away."""
 
 
 class KmsError(Exception):
@@ -189,6 +191,12 @@ class FileAccessError(KmsError):
     """Reading or writing a file failed."""
 
     exit_code = EXIT_IO
+
+
+class ReaderGoneError(FileAccessError):
+    """Whoever read the output has gone, as `head` does when it has what it wants."""
+
+    exit_code = EXIT_BROKEN_PIPE
 
 
 class ServerUnreachableError(KmsError):

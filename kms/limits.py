@@ -98,6 +98,8 @@ MAX_REQUEST_ID_CHARACTERS: Final = 64
 """What a client calls a request, for its own logs and ours: as long as a SHA-256 in hexadecimal, or two UUIDs."""
 MAX_SECRET_BYTES: Final = 4096
 """A passphrase or token; a larger 'secret file' is a mistake."""
+MIN_PASSPHRASE_CHARACTERS: Final = 8
+"""Of a new passphrase; NIST SP 800-63B asks as much of a password whose hash may be stolen."""
 TOKEN_BYTES: Final = 32
 """Entropy of a token made by `kms-admin init`."""
 KEY_BYTES: Final = 32

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from kms.cli import prompt, retiring
+from kms.cli import prompt, retiring, setup
 from kms.cli.admin import main
 from kms.client import blocking
 from kms.core import derive
@@ -267,7 +267,7 @@ def test_a_version_is_a_positive_number() -> None:
 def test_init_makes_directory_tokens_and_keystore(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["init"]) == 0
     seen = capsys.readouterr()
     assert "Next: start kms-server" in seen.out
@@ -279,12 +279,12 @@ def test_init_makes_directory_tokens_and_keystore(
     assert home.stat().st_mode & 0o777 == 0o700
     for name in ("api.token", "admin.token", "keystore.json"):
         assert (home / name).stat().st_mode & 0o777 == 0o600
-    assert opens(home / "keystore.json", b"hunter2")
+    assert opens(home / "keystore.json", b"hunter2 hunter")
 
 
 def test_init_takes_paths_and_answers_in_json(data: Path, home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     secret = data / "passphrase"
-    secret.write_text("hunter2\n")
+    secret.write_text("hunter2 hunter\n")
     secret.chmod(0o600)
     paths = {"keystore": data / "k" / "ks.json", "tokenFile": data / "t" / "api", "adminTokenFile": data / "t" / "admin"}
     options = ["--keystore", paths["keystore"], "--token-file", paths["tokenFile"], "--admin-token-file"]
@@ -322,13 +322,13 @@ def test_init_takes_its_tokens_back_when_the_save_fails(
         raise failure("the disk is full")
 
     monkeypatch.setattr(file, "initialise", fail)
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["init"]) == status
     assert (home / "api.token").exists() is kept
 
 
 def test_init_shows_no_token_before_it_is_whole_and_durable(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     real_fsync = os.fsync
     synced: list[str] = []
 
@@ -342,7 +342,7 @@ def test_init_shows_no_token_before_it_is_whole_and_durable(home: Path, monkeypa
 
 
 def test_init_removes_what_a_killed_init_has_left(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     home.mkdir(mode=0o700)
     (home / ".api.token.tmp-0011").write_text("half a tok")
     assert main(["init"]) == 0
@@ -352,15 +352,15 @@ def test_init_removes_what_a_killed_init_has_left(home: Path, monkeypatch: pytes
 def test_init_touches_no_token_that_came_while_it_waited_for_the_passphrase(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
-    real_obtain = prompt.obtain
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
+    real_obtain = setup.obtain_new_passphrase
 
     def obtain(*arguments: Any, **keywords: Any) -> Secret:
         home.mkdir(mode=0o700)
         (home / "admin.token").write_text("of another init")
         return real_obtain(*arguments, **keywords)
 
-    monkeypatch.setattr(prompt, "obtain", obtain)
+    monkeypatch.setattr(setup, "obtain_new_passphrase", obtain)
     assert main(["init"]) == 64
     assert "admin.token exists already" in capsys.readouterr().err
     assert (home / "admin.token").read_text() == "of another init"
@@ -370,7 +370,7 @@ def test_init_touches_no_token_that_came_while_it_waited_for_the_passphrase(
 def test_init_reports_a_token_that_cannot_be_written(
     data: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     (data / "file").touch()
     (data / "link").symlink_to(data / "file")
     assert main(["init", "--admin-token-file", str(data / "link" / "admin")]) == 74
@@ -379,19 +379,19 @@ def test_init_reports_a_token_that_cannot_be_written(
 
 
 def test_change_passphrase(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["init"]) == 0
     capsys.readouterr()
     new = home / "new"
-    new.write_text("hunter3")
+    new.write_text("hunter3 hunter")
     new.chmod(0o600)
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     keystore = home / "keystore.json"
     assert main(["change-passphrase", "--keystore", str(keystore), "--new-passphrase-file", str(new)]) == 0
     assert capsys.readouterr().out == "passphrase changed\n"
-    assert opens(keystore, b"hunter3")
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
-    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter4")
+    assert opens(keystore, b"hunter3 hunter")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter4 hunter")
     assert main(["change-passphrase"]) == 2
     seen = capsys.readouterr()
     assert "hunter" not in seen.err
@@ -510,14 +510,14 @@ def test_explain_knows_the_operations_of_the_wire(principals: Path, operation: s
 @pytest.fixture
 def audited(home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Path:
     """The log of an install whose passphrase is `hunter2`; each command that needs it has it in its environment."""
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["init"]) == 0
     capsys.readouterr()
     with KeystoreLock(home / "keystore.json") as lock:
-        keystore, keyring = file.load(lock, Secret(bytearray(b"hunter2")))
+        keystore, keyring = file.load(lock, Secret(bytearray(b"hunter2 hunter")))
         with AuditLog(home / "audit.log", keystore.audit_keys, generation=keyring.generation, clock=lambda: 0.5) as log:
             log.write([operation(1), operation(2)])
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     return home / "audit.log"
 
 
@@ -560,14 +560,14 @@ def test_verify_audit_takes_rotated_files_and_says_which_are_missing(
     old = audited.with_name("audit.log.1")
     audited.rename(old)
     with KeystoreLock(audited.with_name("keystore.json")) as lock:
-        keystore, _ = file.load(lock, Secret(bytearray(b"hunter2")))
+        keystore, _ = file.load(lock, Secret(bytearray(b"hunter2 hunter")))
         AuditLog(audited, keystore.audit_keys, generation=1).close()
     assert main(["verify-audit", str(old), str(audited)]) == 0
     assert "records 1 to 4" in capsys.readouterr().out
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["verify-audit"]) == 0
     assert "records 1 to 4 are not here: to verify them too, give the older files first" in capsys.readouterr().out
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["verify-audit", str(old)]) == 0
     assert "whether it was cut short at its end cannot be told" in capsys.readouterr().out
 
@@ -583,9 +583,9 @@ def test_verify_audit_of_many_findings_shows_some_and_counts_all(audited: Path, 
 def test_verify_audit_needs_a_log_a_keystore_and_its_passphrase(
     audited: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter3")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter3 hunter")
     assert main(["verify-audit"]) == 2
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["verify-audit", str(home / "none.log")]) == 66
     assert main(["verify-audit", "--keystore", str(home / "none.json")]) == 66
     assert capsys.readouterr().err.count("\n") == 3
@@ -594,10 +594,10 @@ def test_verify_audit_needs_a_log_a_keystore_and_its_passphrase(
 def test_change_passphrase_hands_the_audit_log_over(
     audited: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3")
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3 hunter")
     assert main(["change-passphrase"]) == 0
     assert b'"event":"ChangePassphrase"' in audited.read_bytes()
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter3")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter3 hunter")
     assert main(["verify-audit"]) == 0
     assert "authentic: 5 records" in capsys.readouterr().out
 
@@ -606,18 +606,18 @@ def test_change_passphrase_changes_nothing_when_the_audit_log_is_of_another_keys
     audited: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     audited.write_bytes(audited.read_bytes().replace(b'"Stop"', b'"Halt"'))
-    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3")
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3 hunter")
     assert main(["change-passphrase"]) == 65
     assert "move audit.log and audit.log.head away together" in capsys.readouterr().err
-    assert opens(home / "keystore.json", b"hunter2")
+    assert opens(home / "keystore.json", b"hunter2 hunter")
 
 
 def test_change_passphrase_begins_no_audit_log(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
     assert main(["init"]) == 0
-    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
-    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3")
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3 hunter")
     assert main(["change-passphrase"]) == 0
     assert not (home / "audit.log").exists()

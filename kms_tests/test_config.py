@@ -11,7 +11,7 @@ import pytest
 
 from kms.errors import ConfigError
 from kms.host.paths import data_directory
-from kms.server.config import log_format, resolve
+from kms.server.config import Places, log_format, resolve
 
 HOME = {"HOME": "/home/nobody"}
 DATA = Path("/home/nobody/.mini-kms")
@@ -46,9 +46,9 @@ def test_a_number_row_takes_flag_over_environment_over_default(
     ],
 )
 def test_a_path_row_takes_flag_over_environment_over_default(flag: str, variable: str, default: Path | None) -> None:
-    assert getattr(resolve({}, HOME), flag) == default
-    assert getattr(resolve({}, {**HOME, variable: "/env"}), flag) == Path("/env")
-    assert getattr(resolve({flag: "/flag"}, {**HOME, variable: "/env"}), flag) == Path("/flag")
+    assert getattr(Places({}, HOME), flag) == default
+    assert getattr(Places({}, {**HOME, variable: "/env"}), flag) == Path("/env")
+    assert getattr(Places({flag: "/flag"}, {**HOME, variable: "/env"}), flag) == Path("/flag")
 
 
 def test_the_file_of_principals_is_in_the_data_directory_and_has_to_exist_only_when_it_is_always_kept() -> None:
@@ -103,22 +103,43 @@ def test_the_group_of_the_Unix_socket_is_always_kept_and_has_to_exist() -> None:
 
 @pytest.mark.parametrize(("field", "name"), [("token_file", "api.token"), ("admin_token_file", "admin.token")])
 def test_a_token_file_in_the_data_directory_is_the_default_if_it_exists(tmp_path: Path, field: str, name: str) -> None:
+    places = Places({}, {"XDG_DATA_HOME": str(tmp_path)})
+    assert getattr(places, field) is None
     (tmp_path / "mini-kms").mkdir()
     (tmp_path / "mini-kms" / name).touch()
-    assert getattr(resolve({}, {"XDG_DATA_HOME": str(tmp_path)}), field) == tmp_path / "mini-kms" / name
+    assert getattr(places, field) == tmp_path / "mini-kms" / name
+    assert getattr(Places({field: "-"}, HOME), field) == Path("/dev/stdin")
+    assert getattr(Places({field: "./-"}, HOME), field) == Path("-")
 
 
 def test_a_systemd_credential_is_the_default_passphrase_file_if_it_exists(tmp_path: Path) -> None:
-    environ = {**HOME, "CREDENTIALS_DIRECTORY": str(tmp_path)}
-    assert resolve({}, environ).passphrase_file is None
+    places = Places({}, {**HOME, "CREDENTIALS_DIRECTORY": str(tmp_path)})
+    assert places.passphrase_file is None
     (tmp_path / "passphrase").touch()
-    assert resolve({}, environ).passphrase_file == tmp_path / "passphrase"
+    assert places.passphrase_file == tmp_path / "passphrase"
 
 
 def test_the_data_directory_is_under_XDG_DATA_HOME_if_set_else_in_the_home() -> None:
     assert data_directory({"XDG_DATA_HOME": "/x", **HOME}) == Path("/x/mini-kms")
     assert data_directory(HOME) == DATA
     assert data_directory({}).name == ".mini-kms"
+
+
+def test_a_relative_XDG_DATA_HOME_or_HOME_is_ignored() -> None:
+    assert data_directory({"XDG_DATA_HOME": "here", **HOME}) == DATA
+    assert data_directory({"HOME": "here"}).is_absolute()
+
+
+def test_the_data_directory_is_looked_for_only_by_what_needs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_cls: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(nobody))
+    names = ("unix_socket", "keystore", "principals", "audit_log")
+    assert resolve({name: f"/x/{name}" for name in names}, {}).keystore == Path("/x/keystore")
+    for name in names:
+        with pytest.raises(ConfigError, match="set XDG_DATA_HOME to a directory, or name each file"):
+            resolve({other: f"/x/{other}" for other in names if other != name}, {})
 
 
 def test_no_tcp_and_no_unix_turn_a_listener_off_and_both_off_is_an_error() -> None:
@@ -165,8 +186,9 @@ def test_an_empty_variable_counts_as_not_set() -> None:
 
 @pytest.mark.parametrize("variable", ["XDG_DATA_HOME", "HOME", "CREDENTIALS_DIRECTORY"])
 def test_a_directory_where_nothing_can_be_looked_for_is_an_error_of_the_configuration(variable: str) -> None:
+    places = Places({}, {**HOME, variable: "/" + "x" * 300})
     with pytest.raises(ConfigError, match="cannot look for /x"):
-        resolve({}, {**HOME, variable: "/" + "x" * 300})
+        assert places.passphrase_file if variable == "CREDENTIALS_DIRECTORY" else places.token_file
 
 
 def test_no_principals_and_a_file_of_them_exclude_each_other(tmp_path: Path) -> None:

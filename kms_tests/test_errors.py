@@ -21,6 +21,7 @@ EXITS = [
     (74, ["SaveFailedError", "FileAccessError"]),
     (75, ["ThrottledError", "KeystoreLockedError", "KeystoreReplacedError"]),
     (77, ["AuthFailedError", "UnauthorizedError", "SecretFileError", "UnknownServerError"]),
+    (141, ["ReaderGoneError"]),
 ]
 CODES: dict[str, type[WireError]] = {
     "AuthFailed": errors.AuthFailedError,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import subprocess
+import sys
 import termios
 import threading
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import click
 import pytest
 
 from kms.cli import prompt
+from kms.cli.prompt import Wanted
 from kms.core.secret import Secret
 from kms.errors import ConfigError, InputError
 
@@ -59,6 +62,13 @@ def no_terminal(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(prompt, "TERMINAL", str(tmp_path / "no-tty"))
 
 
+PASSPHRASE = Wanted("passphrase", "KMS_TEST_UNSET", "--passphrase-file")
+
+
+def token(file: Path | None, flag: str | None = None) -> Wanted:
+    return Wanted("token", "KMS_TEST_SECRET", "--token-file", flag, lambda: file)
+
+
 def reveal(secret: Secret) -> bytes:
     with secret.view() as view:
         return bytes(view)
@@ -67,7 +77,7 @@ def reveal(secret: Secret) -> bytes:
 def test_a_typed_secret_is_read_without_echo_and_echo_comes_back(terminal: tuple[int, int]) -> None:
     before = termios.tcgetattr(terminal[1])
     person = Person(terminal[0], [b"hunter2\n"])
-    with prompt.obtain("passphrase", "KMS_TEST_UNSET", None, "--passphrase-file") as secret:
+    with prompt.obtain_passphrase(PASSPHRASE) as secret:
         assert reveal(secret) == b"hunter2"
     assert termios.tcgetattr(terminal[1]) == before
     screen = person.leave()
@@ -76,16 +86,18 @@ def test_a_typed_secret_is_read_without_echo_and_echo_comes_back(terminal: tuple
 
 
 def test_a_new_secret_is_asked_for_twice(terminal: tuple[int, int]) -> None:
-    person = Person(terminal[0], [b"hunter2\n", b"hunter2\n"])
-    with prompt.obtain("passphrase", "KMS_TEST_UNSET", None, "--passphrase-file", new=True) as secret:
-        assert reveal(secret) == b"hunter2"
+    told: list[str] = []
+    person = Person(terminal[0], [b"hunter2 hunter\n", b"hunter2 hunter\n"])
+    with prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False) as secret:
+        assert reveal(secret) == b"hunter2 hunter"
     assert b"passphrase again: " in person.leave()
 
 
 def test_two_inputs_that_differ_are_refused(terminal: tuple[int, int]) -> None:
-    Person(terminal[0], [b"hunter2\n", b"hunter3\n"])
+    told: list[str] = []
+    Person(terminal[0], [b"hunter2 hunter\n", b"hunter3 hunter\n"])
     with pytest.raises(ConfigError, match="differ") as refusal:
-        prompt.obtain("passphrase", "KMS_TEST_UNSET", None, "--passphrase-file", new=True)
+        prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False)
     assert "hunter" not in str(refusal.value)
 
 
@@ -116,12 +128,12 @@ def test_an_interrupted_prompt_brings_the_echo_back(terminal: tuple[int, int], m
 @pytest.mark.usefixtures("no_terminal")
 def test_without_a_terminal_the_error_names_variable_and_option() -> None:
     with pytest.raises(ConfigError, match="set KMS_TEST_UNSET, or name a file with --passphrase-file"):
-        prompt.obtain("passphrase", "KMS_TEST_UNSET", None, "--passphrase-file")
+        prompt.obtain_passphrase(PASSPHRASE)
 
 
 def test_the_environment_wins_over_the_file_and_is_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KMS_TEST_SECRET", "from-environment")
-    with prompt.obtain("token", "KMS_TEST_SECRET", tmp_path / "missing", "--token-file") as secret:
+    with prompt.obtain(token(tmp_path / "missing")) as secret:
         assert reveal(secret) == b"from-environment"
     assert "KMS_TEST_SECRET" not in os.environ
 
@@ -131,14 +143,99 @@ def test_an_empty_variable_is_one_that_is_not_set(tmp_path: Path, monkeypatch: p
     file.write_bytes(b"from-file\n")
     file.chmod(0o600)
     monkeypatch.setenv("KMS_TEST_SECRET", "")
-    with prompt.obtain("token", "KMS_TEST_SECRET", file, "--token-file") as secret:
+    with prompt.obtain(token(file)) as secret:
         assert reveal(secret) == b"from-file"
+
+
+@pytest.mark.parametrize("value", ["  ", "a\tb", "\ufeffabc", "two\nlines"])
+def test_a_variable_has_the_rule_of_a_file(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KMS_TEST_SECRET", value)
+    with pytest.raises(ConfigError, match=r"^KMS_TEST_SECRET "):
+        prompt.obtain(token(None))
+
+
+def test_a_flag_wins_over_the_variable_which_is_cleared_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "token"
+    file.write_bytes(b"from-file\n")
+    file.chmod(0o600)
+    monkeypatch.setenv("KMS_TEST_SECRET", "from-environment")
+    with prompt.obtain(token(tmp_path / "missing", str(file))) as secret:
+        assert reveal(secret) == b"from-file"
+    assert "KMS_TEST_SECRET" not in os.environ
+
+
+def test_what_is_not_needed_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def look() -> Path | None:
+        raise AssertionError("the variable has it")
+
+    monkeypatch.setenv("KMS_TEST_SECRET", "from-environment")
+    with prompt.obtain(Wanted("token", "KMS_TEST_SECRET", "--token-file", None, look)) as secret:
+        assert reveal(secret) == b"from-environment"
+
+
+@pytest.mark.parametrize("name", ["-", "/dev/stdin", "/dev/fd/0", "/proc/self/fd/0"])
+def test_a_hyphen_is_standard_input_and_so_is_its_path(name: str) -> None:
+    code = (
+        "import sys; from kms.cli.prompt import Wanted, obtain\n"
+        f"with obtain(Wanted('token', 'KMS_TEST_SECRET', '--token-file', {name!r})) as secret: print(bytes(secret.view()))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], input=b"hunter2\n", capture_output=True, check=True)
+    assert done.stdout == b"b'hunter2'\n"
+
+
+@pytest.mark.parametrize(("typed", "length"), [("short77", 7), ("한글암호문구다", 7)])
+def test_a_new_passphrase_of_less_than_8_characters_is_taken_only_when_that_is_allowed(
+    typed: str, length: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[str] = []
+    monkeypatch.setenv("KMS_TEST_UNSET", typed)
+    with pytest.raises(InputError, match=f"has only {length} characters; take 8 at least, .* or give --allow-weak"):
+        prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False)
+    monkeypatch.setenv("KMS_TEST_UNSET", typed)
+    with prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=True) as secret:
+        assert reveal(secret) == typed.encode()
+
+
+def test_it_is_told_how_weak_a_new_passphrase_is_and_nothing_of_a_better_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setenv("KMS_TEST_UNSET", "aaaaaaaa1")
+    prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False).wipe()
+    (line,) = told
+    assert "the passphrase is weak: at 10,000 guesses a second" in line
+    monkeypatch.setenv("KMS_TEST_UNSET", "correct horse battery staple")
+    prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False).wipe()
+    assert told == [line]
+
+
+def test_a_new_passphrase_breaks_no_rule_and_an_old_one_may(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KMS_TEST_UNSET", "two\tcolumns of it")
+    with pytest.raises(InputError, match="control character"):
+        prompt.obtain_new_passphrase(PASSPHRASE, print, allow_weak=True)
+    monkeypatch.setenv("KMS_TEST_UNSET", "two\tcolumns of it")
+    with prompt.obtain_passphrase(PASSPHRASE) as secret:
+        assert "control character" in (secret.complaint or "")
+
+
+def test_a_line_that_the_terminal_has_cut_off_is_no_secret(terminal: tuple[int, int]) -> None:
+    Person(terminal[0], [b"x" * 5000 + b"\n"])
+    with pytest.raises(InputError, match="longer than a line that can be typed"):
+        prompt.ask("token", "remedy")
+
+
+def test_a_question_breaks_between_words_on_a_narrow_terminal(terminal: tuple[int, int]) -> None:
+    termios.tcsetwinsize(terminal[1], (24, 40))
+    person = Person(terminal[0], [b"yes\n"])
+    prompt.confirm("Destroying version 1 of billing can never be undone: everything is lost for good.", "give --yes")
+    lines = person.leave().decode().split("\r\n")
+    assert lines[:3] == ["Destroying version 1 of billing can", "  never be undone: everything is lost", "  for good."]
 
 
 def test_an_overlong_variable_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KMS_TEST_SECRET", "x" * 4097)
     with pytest.raises(ConfigError, match="KMS_TEST_SECRET holds more than 4096 bytes"):
-        prompt.obtain("token", "KMS_TEST_SECRET", None, "--token-file")
+        prompt.obtain(token(None))
 
 
 def test_only_yes_confirms(terminal: tuple[int, int]) -> None:

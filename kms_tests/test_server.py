@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from kms.cli import prompt
-from kms.cli import server as cli
 from kms.cli.server import main
 from kms.core.secret import Secret
 from kms.errors import KeystoreLockedError
@@ -56,7 +55,10 @@ def test_the_daemon_gets_configuration_and_secrets_and_gives_the_status(
     assert main(["--tcp-port", "0", "--no-unix", "--keystore", str(data / "ks.json")]) == 7
     config, *rest = started
     assert (config.tcp_port, config.unix_socket, config.keystore) == (0, None, data / "ks.json")
-    assert rest == [b"hunter2", b"api", b"admin", before]
+    *secrets, handler = rest
+    assert secrets == [b"hunter2", b"api", b"admin"]
+    assert handler is not before, "until it is ready it is stopped at once"
+    assert signal.getsignal(signal.SIGTERM) is before
     assert "kms-server: ready on\\nsomething\n" in capfd.readouterr().err
 
 
@@ -92,15 +94,15 @@ def test_the_passphrase_is_typed_twice_on_the_first_run_only(
     if not exists:
         (data / "ks.json").unlink()
     monkeypatch.delenv("MINIKMS_PASSPHRASE")
-    twice: dict[str, bool] = {}
+    asked: list[str] = []
 
-    def obtain(name: str, *_: object, new: bool = False) -> Secret:
-        twice[name] = new
-        return Secret(bytearray(name.encode()))
+    def typed(name: str, _remedy: str) -> tuple[bytearray, int]:
+        asked.append(name)
+        return bytearray(b"correct horse\n"), 14
 
-    monkeypatch.setattr(cli, "obtain", obtain)
+    monkeypatch.setattr(prompt, "_typed", typed)
     assert main(["--keystore", str(data / "ks.json")]) == 7
-    assert twice == {"API token": False, "admin token": False, "passphrase": not exists}
+    assert asked == (["passphrase"] if exists else ["passphrase", "passphrase again"])
 
 
 @pytest.mark.parametrize("how", ["environment", "file", "credential"])

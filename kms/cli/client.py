@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import base64
 import binascii
+import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 import rich_click as click
 
 from kms.cli import render
 from kms.cli.options import (
+    HELP,
     PATH,
+    F,
+    Program,
     Settings,
-    address_options,
     connected,
     epilog,
     examples,
-    json_option,
-    no_token_option,
+    key_option,
+    one_reader_of_standard_input,
+    program_options,
     read_bounded,
-    request_id_option,
     stream_or_path,
     utf8,
-    version_option,
     write_whole,
 )
-from kms.cli.run import run, stop_signals_raise
+from kms.cli.run import run
+from kms.cli.signals import stop_signals_raise
 from kms.client.environment import API
 from kms.errors import ConfigError, InputError
 from kms.host.hardening import forbid_dumps
@@ -40,48 +43,46 @@ _out = click.option("--out", "target", type=PATH, metavar="PATH", required=True,
 _optional_out = click.option(
     "--out", "target", type=PATH, metavar="PATH", default="-", help="Output file instead of standard output."
 )
-_key = click.option("--key", metavar="NAME", help="Key group. [default: default]")
-_from_key = click.option(
-    "--from-key", metavar="NAME", help="The only key group that the input may be under; of any other it does not open."
-)
-_aad = click.option(
-    "--aad", metavar="TEXT", default="", help="Encryption context: authenticated, not stored; needed again to decrypt."
-)
+_key = key_option("Key group. [default: default]")
+_from_key = key_option("The only key group that the input may be under; of any other it does not open.", "--from-key")
+_force = click.option("--force", is_flag=True, help="Write to a terminal what is not printable text, too.")
+
+
+def _aad(command: F) -> F:
+    """`--aad` and `--aad-file`, which become `aad`."""
+
+    @click.option(
+        "--aad", "aad_text", metavar="TEXT", help="Encryption context: authenticated, not stored; needed again to decrypt."
+    )
+    @click.option("--aad-file", type=PATH, metavar="PATH", help="Encryption context that is not text: all of this file.")
+    @functools.wraps(command)
+    def with_aad(*arguments: Any, aad_text: str | None, aad_file: str | None, **others: Any) -> Any:
+        return command(*arguments, aad=_context(aad_text, aad_file, others.get("source")), **others)
+
+    return cast("F", with_aad)
 
 
 @click.group(
+    cls=Program,
+    context_settings=HELP,
     epilog=epilog(
         PROGRAM,
         "kms-client health",
         "echo -n s3cret | kms-client encrypt --in - --key billing",
         "kms-client encrypt-file --in db.dump --out db.dump.mke --aad backup",
         "kms-client decrypt-file --in db.dump.mke --out - --aad backup | psql",
-    )
+    ),
 )
-@address_options
-@click.option("--token-file", type=PATH, metavar="PATH", help="API token. [MINIKMS_API_TOKEN_FILE or <data>/api.token]")
-@no_token_option
-@request_id_option
-@json_option
-@version_option
+@functools.partial(program_options, API)
 @click.pass_context
-def command(
-    context: click.Context,
-    tcp: str | None,
-    unix: str | None,
-    server_user: str | None,
-    token_file: str | None,
-    request_id: str | None,
-    *,
-    no_token: bool,
-    as_json: bool,
-) -> None:
+def command(context: click.Context, /, **settings: Any) -> None:
     """Encrypt and decrypt with keys that never leave the server.
 
-    The token comes from MINIKMS_API_TOKEN, else from its file, else you are asked for it. The server is found at its
-    Unix socket; over TCP only where --tcp or MINIKMS_TCP_PORT says so.
+    The token is in --token-file, else in MINIKMS_API_TOKEN, else in its usual file. Who has none is known by the user id
+    over a Unix socket, and asked for it over TCP. The server is found at its Unix socket; over TCP only where --tcp or
+    MINIKMS_TCP_PORT says so. These options may stand behind the name of a command, too.
     """
-    context.obj = Settings(tcp, unix, token_file, as_json, no_token, server_user, request_id)
+    context.obj = Settings(**settings)
 
 
 @command.command(epilog=examples("kms-client health && echo up"))
@@ -90,21 +91,17 @@ def health(settings: Settings) -> None:
     """Ask whether the server is at work and the token is right."""
     with connected(settings, API) as (client, _):
         detail = client.health()
-    if settings.json:
-        render.document(detail=detail)
-    else:
-        render.text(detail)
+    render.detail(settings, detail)
 
 
 @command.command("generate-data-key", epilog=examples("kms-client --json generate-data-key --key billing"))
 @_key
 @_aad
 @click.pass_obj
-def generate_data_key(settings: Settings, key: str | None, aad: str) -> None:
+def generate_data_key(settings: Settings, key: str | None, aad: bytes) -> None:
     """Make a data key: once in the clear, to encrypt with and forget, and once wrapped, to keep beside the data."""
-    context = _context(aad, key)
     with connected(settings, API) as (client, _):
-        data_key = client.generate_data_key(key, context)
+        data_key = client.generate_data_key(key, aad)
     if settings.json:
         render.document(plaintextDataKey=data_key.plaintext, wrappedDataKey=data_key.wrapped)
     else:
@@ -124,20 +121,19 @@ def generate_data_key(settings: Settings, key: str | None, aad: str) -> None:
 @_key
 @_aad
 @click.pass_obj
-def encrypt(settings: Settings, source: str | None, text: str | None, target: str, key: str | None, aad: str) -> None:
+def encrypt(settings: Settings, source: str | None, text: str | None, target: str, key: str | None, aad: bytes) -> None:
     """Encrypt a small secret on the server: base64 on standard output, or raw bytes into a file."""
     if (source is None) == (text is None):
         raise ConfigError("give exactly one of --in and --text")
-    context = _context(aad, key)
-    with connected(settings, API) as (client, token):
-        limit = _plaintext_limit(key, context, settings.request_id, len(token))
+    with connected(settings, API, source) as (client, token):
+        limit = _plaintext_limit(key, aad, settings.request_id, len(token))
         if source is not None:
             plaintext = read_bounded(stream_or_path(source), limit, "use encrypt-file")
         else:
             plaintext = utf8("--text", text or "")
             if len(plaintext) > limit:
                 raise InputError("--text is too large for one request; use encrypt-file")
-        ciphertext = client.encrypt(plaintext, key, context)
+        ciphertext = client.encrypt(plaintext, key, aad)
     path = stream_or_path(target)
     if path is not None:
         _write_file(settings, path, ciphertext)
@@ -155,12 +151,11 @@ def encrypt(settings: Settings, source: str | None, text: str | None, target: st
 @_from_key
 @_aad
 @click.pass_obj
-def decrypt(settings: Settings, source: str, target: str, from_key: str | None, aad: str) -> None:
+def decrypt(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes) -> None:
     """Decrypt what encrypt made, raw or as base64 text; writes the plaintext as it was, byte for byte."""
-    context = _context(aad, from_key, "--from-key")
-    with connected(settings, API) as (client, _):
+    with connected(settings, API, source) as (client, _):
         content = read_bounded(stream_or_path(source), MAX_FRAME_BYTES, "use decrypt-file for a file of encrypt-file")
-        plaintext = client.decrypt(_ciphertext(content), context, source_key_id=from_key)
+        plaintext = client.decrypt(_ciphertext(content), aad, source_key_id=from_key)
     path = stream_or_path(target)
     if path is not None:
         _write_file(settings, path, plaintext)
@@ -176,14 +171,13 @@ def decrypt(settings: Settings, source: str, target: str, from_key: str | None, 
 @_key
 @_aad
 @click.pass_obj
-def encrypt_file(settings: Settings, source: str, target: str, key: str | None, aad: str) -> None:
+def encrypt_file(settings: Settings, source: str, target: str, key: str | None, aad: bytes) -> None:
     """Encrypt a file of any size under a data key of its own, in constant memory."""
-    context = _context(aad, key)
     origin, destination = _streams(settings, source, target)
-    with connected(settings, API) as (client, _), render.progress(origin, destination) as progress:
+    with connected(settings, API, source) as (client, _), render.progress(origin, destination) as progress:
         from kms.client import files
 
-        files.encrypt_file(client, origin, destination, key_id=key, aad=context, progress=progress)
+        files.encrypt_file(client, origin, destination, key_id=key, aad=aad, progress=progress)
     _say_written(settings, destination)
 
 
@@ -193,45 +187,43 @@ def encrypt_file(settings: Settings, source: str, target: str, key: str | None, 
 @_from_key
 @_aad
 @click.pass_obj
-def decrypt_file(settings: Settings, source: str, target: str, from_key: str | None, aad: str) -> None:
+def decrypt_file(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes) -> None:
     """Decrypt a file of encrypt-file; the output appears only when all of it has proved authentic."""
-    context = _context(aad, from_key, "--from-key")
     origin, destination = _streams(settings, source, target)
-    with connected(settings, API) as (client, _), render.progress(origin, destination) as progress:
+    with connected(settings, API, source) as (client, _), render.progress(origin, destination) as progress:
         from kms.client import files
 
-        files.decrypt_file(client, origin, destination, source_key_id=from_key, aad=context, progress=progress)
+        files.decrypt_file(client, origin, destination, source_key_id=from_key, aad=aad, progress=progress)
     _say_written(settings, destination)
 
 
 @command.command(epilog=examples("kms-client reencrypt --in docs.tar.mke --out docs.tar.mke --key billing"))
 @_in
 @_out
-@click.option("--key", metavar="NAME", required=True, help="Key group to move to, under its active version.")
+@key_option("Key group to move to, under its active version.", required=True)
 @_from_key
 @_aad
 @click.pass_obj
-def reencrypt(settings: Settings, source: str, target: str, key: str, from_key: str | None, aad: str) -> None:
+def reencrypt(settings: Settings, source: str, target: str, key: str, from_key: str | None, aad: bytes) -> None:
     """Move a file or ciphertext to another key, or to a rotated one's new version, without seeing the plaintext.
 
     The input says itself which group it is under. Where others can write it, give --from-key.
     """
-    _context(aad, from_key, "--from-key")
-    context = _context(aad, key)
     origin, destination = _streams(settings, source, target)
-    with connected(settings, API) as (client, _), render.progress(origin, destination) as progress:
+    with connected(settings, API, source) as (client, _), render.progress(origin, destination) as progress:
         from kms.client import files
 
-        files.reencrypt_file(
-            client, origin, destination, key_id=key, source_key_id=from_key, aad=context, progress=progress
-        )
+        files.reencrypt_file(client, origin, destination, key_id=key, source_key_id=from_key, aad=aad, progress=progress)
     _say_written(settings, destination)
 
 
-def _context(aad: str, key: str | None = None, option: str = "--key") -> bytes:
-    if key is not None:
-        utf8(option, key)
-    return utf8("--aad", aad)
+def _context(text: str | None, file: str | None, source: str | None) -> bytes:
+    if file is None:
+        return utf8("--aad", text or "")
+    if text is not None:
+        raise ConfigError("--aad and --aad-file exclude each other; give one")
+    one_reader_of_standard_input({"--aad-file": file, "--in": source})
+    return read_bounded(stream_or_path(file), MAX_FRAME_BYTES // 2, "an encryption context names what it belongs to")
 
 
 def _streams(settings: Settings, source: str, target: str) -> tuple[Path | None, Path | None]:
@@ -247,7 +239,7 @@ def _write_file(settings: Settings, path: Path, data: bytes) -> None:
 
 def _say_written(settings: Settings, path: Path | None) -> None:
     if settings.json:
-        render.document(out=str(path))
+        render.document(out=path)
 
 
 def _plaintext_limit(key: str | None, aad: bytes, request_id: str | None, token_bytes: int) -> int:
@@ -280,6 +272,6 @@ def _base64(data: bytes | bytearray | memoryview) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `kms-client` and return its exit status (docs/commands/exit-status.inc lists them)."""
-    forbid_dumps()
     with stop_signals_raise():
+        forbid_dumps()
         return run(command, PROGRAM, arguments)

@@ -8,13 +8,13 @@ counted, and the count is said once there is room.
 from __future__ import annotations
 
 import contextlib
-import os
 import queue
 import threading
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
+from kms.host.streams import write_all
 from kms.limits import MAX_QUEUED_LINES
 from kms.service.threads import start
 
@@ -48,6 +48,9 @@ class BackgroundLines:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         """Give what was said last a moment to be written."""
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)
@@ -62,8 +65,5 @@ class BackgroundLines:
 
     def _put(self, data: bytes) -> None:
         # Not through sys.stderr: blocked in it, this thread would hold the lock that the interpreter needs to end.
-        try:
-            while data:
-                data = data[os.write(self._descriptor, data) :]
-        except OSError:
-            return  # whoever read it has gone; the server stays
+        with contextlib.suppress(OSError):  # whoever read it has gone; the server stays
+            write_all(self._descriptor, data)

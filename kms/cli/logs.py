@@ -12,7 +12,7 @@ import json
 import logging
 from datetime import UTC, datetime
 
-from kms.cli.run import one_line
+from kms.cli.words import one_line
 from kms.limits import MAX_LOGGED_MESSAGE, MAX_LOGGED_VALUE
 from kms.service.event import Event
 

@@ -1,83 +1,207 @@
-"""Secrets from whoever runs the command: from the environment, a private file, or typed without echo.
+"""Secrets from whoever runs the command: from the environment, a private file, a descriptor, or typed without echo.
 
 Whichever way it comes, a secret lands in a buffer that can be wiped. A typed one is read from the terminal's
-descriptor into that buffer, never through `input` or `getpass`, which make immutable strings of it.
+descriptor into that buffer, never through `input` or `getpass`, which make immutable strings of it. What it may be is the
+same for all ways (`kms.host.secret_input`).
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import signal
 import termios
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from types import FrameType
+from typing import Any, Final
 
 import rich_click as click
 
-from kms.core.secret import Secret
-from kms.errors import ConfigError
+from kms.cli.words import fitted
+from kms.core import strength
+from kms.core.secret import Passphrase, Secret
+from kms.errors import ConfigError, InputError
+from kms.host import secret_input, terminal
+from kms.host.descriptors import STANDARD_INPUT, descriptor_named
 from kms.host.hardening import take_environment
-from kms.host.private import read_secret, trimmed
-from kms.limits import MAX_SECRET_BYTES
+from kms.limits import MAX_SECRET_BYTES, MIN_PASSPHRASE_CHARACTERS
 
-TERMINAL: Final = "/dev/tty"
+TERMINAL: Final = terminal.PATH
 """The terminal itself: standard input may be the data."""
 
 _LOCAL_FLAGS: Final = 3
+_LONGEST_LINE: Final = 4096
+"""What the kernel keeps of a typed line, its end included; the rest of a longer one is dropped without a word."""
 
 
-def obtain(name: str, variable: str, file: Path | None, option: str, *, new: bool = False) -> Secret:
-    """The secret called `name`: from the environment's `variable`, else from `file`, else typed (twice when `new`).
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A secret that a command needs, and where it may be: what the flag names, the variable, a file, or at the prompt."""
 
-    `option` is the flag that would name a file, for the remedy. Raises what `read_secret` raises, or `ConfigError`
-    when nothing gives the secret and there is no terminal to ask at.
+    name: str
+    variable: str
+    option: str
+    flag: str | None = None
+    """What was given after `option`; it wins over the variable."""
+    file: Callable[[], Path | None] = lambda: None
+    """The file that is taken when neither flag nor variable gives it; asked for only then."""
+    allow_group: bool = False
+
+    @property
+    def remedy(self) -> str:
+        return f"set {self.variable}, or name a file with {self.option}"
+
+
+def obtain(wanted: Wanted) -> Secret:
+    """The token. Raises `InputError` or `ConfigError` for what cannot be one, what `read_token` raises, and `ConfigError`
+    when nothing gives it and there is no terminal to ask at.
     """
-    value = take_environment(variable)
+    return obtain_if_given(wanted) or ask(wanted.name, wanted.remedy)
+
+
+def obtain_if_given(wanted: Wanted) -> Secret | None:
+    """The token, or None where it would have to be asked for; raises what `obtain` raises."""
+    value, path = _given(wanted)
+    if value is not None:
+        with _configured():
+            return secret_input.token(value, len(value), wanted.variable)
+    if path is None:
+        return None
+    if _is_typed(path):
+        return ask(wanted.name, wanted.remedy)
+    return secret_input.read_token(path, allow_group=wanted.allow_group)
+
+
+def obtain_passphrase(wanted: Wanted) -> Passphrase:
+    """The passphrase that something is under already; raises what `obtain` raises."""
+    value, path = _given(wanted)
+    if value is not None:
+        with _configured():
+            return secret_input.passphrase(value, len(value), wanted.variable, keeps_line_end=True)
+    if path is not None and not _is_typed(path):
+        return secret_input.read_passphrase(path, allow_group=wanted.allow_group)
+    return _ask_passphrase(wanted.name, wanted.remedy)
+
+
+def obtain_new_passphrase(wanted: Wanted, warn: Callable[[str], None], *, allow_weak: bool) -> Passphrase:
+    """A passphrase that something is to be under; typed twice. `warn` is told how weak a weak one is.
+
+    Raises what `obtain` raises, and `InputError` for one of less than 8 characters unless `allow_weak`.
+    """
+    value, path = _given(wanted)
+    if value is not None:
+        with _configured():
+            new = secret_input.passphrase(value, len(value), wanted.variable)
+    elif path is not None and not _is_typed(path):
+        new = secret_input.read_passphrase(path, allow_group=wanted.allow_group)
+    else:
+        new = _ask_twice(wanted)
+    try:
+        if new.complaint is not None:
+            raise InputError(new.complaint)
+        _judge(new, wanted.name, warn, allow_weak=allow_weak)
+    except BaseException:
+        new.wipe()
+        raise
+    return new
+
+
+def _judge(new: Passphrase, name: str, warn: Callable[[str], None], *, allow_weak: bool) -> None:
+    length = sum(1 for _ in secret_input.characters(new))
+    if length < MIN_PASSPHRASE_CHARACTERS and not allow_weak:
+        raise InputError(
+            f"the {name} has only {length} characters; take {MIN_PASSPHRASE_CHARACTERS} at least, better several words, "
+            "or give --allow-weak"
+        )
+    bits = strength.bits(secret_input.characters(new))
+    if bits < strength.WEAK_BITS:
+        warn(
+            f"the {name} is weak: at {strength.GUESSES_PER_SECOND:,} guesses a second, who gets a copy of the keystore "
+            f"finds it in {strength.time_to_guess(bits)} at the most; several words that nobody would guess are better"
+        )
+
+
+def _given(wanted: Wanted) -> tuple[bytearray | None, Path | None]:
+    """The value of the variable, or else the file; neither where it has to be typed."""
+    # It goes from the environment whether it is used or not.
+    value = take_environment(wanted.variable)
+    path = secret_path(wanted.flag)
+    if path is None and value:
+        return value, None
     if value:
-        if len(value) > MAX_SECRET_BYTES:
-            Secret(value).wipe()
-            raise ConfigError(f"{variable} holds more than {MAX_SECRET_BYTES} bytes; give the {name} itself")
-        return Secret(value)
-    if file is not None:
-        return read_secret(file)
-    remedy = f"set {variable}, or name a file with {option}"
-    return _ask_twice(name, remedy) if new else ask(name, remedy)
+        Secret(value).wipe()
+    if path is None:
+        path = wanted.file()
+    return None, path
+
+
+def _is_typed(path: Path) -> bool:
+    """Whether it names a terminal, where a secret is asked for without an echo."""
+    number = descriptor_named(path)
+    return number is not None and os.isatty(number)
+
+
+def secret_path(text: str | None) -> Path | None:
+    """The file that is named where a secret is to be read from; `-` is standard input."""
+    if not text:
+        return None
+    return STANDARD_INPUT if text == "-" else Path(text)
+
+
+@contextlib.contextmanager
+def _configured() -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        raise ConfigError(str(error)) from None
 
 
 def ask(name: str, remedy: str) -> Secret:
-    """Ask for `name` at the terminal, once. Raises `ConfigError` with `remedy` where there is none."""
-    with _terminal(f"no terminal to ask for the {name} at; {remedy}") as descriptor:
-        return _read_silently(descriptor, name)
+    """Ask for a token at the terminal, once. Raises `ConfigError` with `remedy` where there is none."""
+    buffer, length = _typed(name, remedy)
+    return secret_input.token(buffer, length, f"the {name}")
+
+
+def _ask_passphrase(name: str, remedy: str) -> Passphrase:
+    buffer, length = _typed(name, remedy)
+    return secret_input.passphrase(buffer, length, f"the {name}")
 
 
 def confirm(question: str, remedy: str) -> None:
     """Return when the answer typed at the terminal is `yes`; raises `click.Abort` for any other."""
-    if _answer(f"{question}\nType yes to go on: ", remedy).lower() != b"yes":
+    if _answer(question, "Type yes to go on: ", remedy).lower() != b"yes":
         raise click.Abort
 
 
 def confirm_by_name(question: str, name: str, what: str, remedy: str) -> None:
     """Return when `name`, which is shown as `what`, is typed at the terminal; raises `click.Abort` for anything else."""
-    if _answer(f"{question}\nType {what} to go on: ", remedy) != name.encode().strip():
+    if _answer(question, f"Type {what} to go on: ", remedy) != name.encode().strip():
         raise click.Abort
 
 
-def _answer(question: str, remedy: str) -> bytes:
+def _answer(told: str, question: str, remedy: str) -> bytes:
     with _terminal(f"no terminal to confirm this at; {remedy}") as descriptor:
-        # What was typed before the question is not an answer to it.
-        termios.tcflush(descriptor, termios.TCIFLUSH)
-        os.write(descriptor, question.encode())
-        return os.read(descriptor, MAX_SECRET_BYTES).strip()
+        lines = [*told.split("\n"), question.rstrip()]
+        text = "\n".join(fitted(line, descriptor) for line in lines) + " "
+        with _Question(descriptor, text, is_silent=False):
+            return os.read(descriptor, MAX_SECRET_BYTES).strip()
 
 
-def _ask_twice(name: str, remedy: str) -> Secret:
-    first = ask(name, remedy)
+def _ask_twice(wanted: Wanted) -> Passphrase:
+    first = _ask_passphrase(wanted.name, wanted.remedy)
     try:
-        with ask(f"{name} again", remedy) as second, first.view() as left, second.view() as right:
+        with (
+            _ask_passphrase(f"{wanted.name} again", wanted.remedy) as second,
+            first.view() as left,
+            second.view() as right,
+        ):
             same = left == right
         if not same:
-            raise ConfigError(f"the two inputs of the {name} differ; nothing was changed, start again")
+            raise ConfigError(f"the two inputs of the {wanted.name} differ; nothing was changed, start again")
     except BaseException:
         first.wipe()
         raise
@@ -96,23 +220,97 @@ def _terminal(complaint: str) -> Iterator[int]:
         os.close(descriptor)
 
 
-def _read_silently(descriptor: int, name: str) -> Secret:
-    before = termios.tcgetattr(descriptor)
-    silent = list(before)
-    # Echo off, but line mode, signals and erase on: the kernel edits the line, and Ctrl-C still interrupts.
-    silent[_LOCAL_FLAGS] = (silent[_LOCAL_FLAGS] & ~termios.ECHO) | termios.ICANON | termios.ISIG
-    buffer = bytearray(MAX_SECRET_BYTES)
-    try:
-        # Flush: what was typed before the question is not an answer to it.
-        termios.tcsetattr(descriptor, termios.TCSAFLUSH, silent)
-        os.write(descriptor, f"{name}: ".encode())
-        length = os.readv(descriptor, [buffer])
-    except BaseException:
-        Secret(buffer).wipe()
-        raise
-    finally:
-        termios.tcsetattr(descriptor, termios.TCSAFLUSH, before)
-        os.write(descriptor, b"\n")
-    if not length:
-        raise click.Abort
-    return trimmed(buffer, length, f"the {name}")
+def _typed(name: str, remedy: str) -> tuple[bytearray, int]:
+    """A line that is typed without echo, and its length."""
+    with _terminal(f"no terminal to ask for the {name} at; {remedy}") as descriptor:
+        buffer = bytearray(_LONGEST_LINE)
+        try:
+            with _Question(descriptor, f"{name}: ", is_silent=True):
+                length = os.readv(descriptor, [buffer])
+        except BaseException:
+            Secret(buffer).wipe()
+            raise
+        if not length:
+            raise click.Abort
+        if length == _LONGEST_LINE:
+            Secret(buffer).wipe()
+            raise InputError(f"the {name} is longer than a line that can be typed; put it into a file")
+        return buffer, length
+
+
+class _Question:
+    """A question on a terminal, for as long as it is entered: without echo when it is silent, whatever happens.
+
+    A shell takes the terminal back from who is stopped (Ctrl-Z), with its own modes, and gives it with those: so before
+    it stops this puts back what it found, and when it goes on it silences the terminal and asks again.
+    """
+
+    def __init__(self, descriptor: int, question: str, *, is_silent: bool) -> None:
+        self._descriptor = descriptor
+        self._question = question.encode("utf-8", "backslashreplace")
+        self._is_silent = is_silent
+        self._is_asked = False
+        self._handlers: dict[int, Any] = {}
+        self._before = termios.tcgetattr(descriptor)
+
+    def __enter__(self) -> None:
+        # Only the main thread has signals.
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in (
+                (signal.SIGTSTP, self._suspend),
+                (signal.SIGQUIT, self._suspend),
+                (signal.SIGCONT, self._resume),
+            ):
+                if signal.getsignal(number) is not signal.SIG_IGN:
+                    self._handlers[number] = signal.signal(number, handler)
+        try:
+            self._ask()
+        except BaseException:
+            self._leave()
+            raise
+
+    def __exit__(self, *_: object) -> None:
+        self._leave()
+
+    def _leave(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._is_silent:
+            # A terminal that is gone has no modes any more, and nobody to show a line end to.
+            with contextlib.suppress(termios.error, OSError):
+                self._set(self._before)
+                os.write(self._descriptor, b"\n")
+
+    def _ask(self) -> None:
+        modes = list(self._before)
+        if self._is_silent:
+            # Echo off, but line mode, signals and erase on: the kernel edits the line, and Ctrl-C still interrupts.
+            modes[_LOCAL_FLAGS] = (modes[_LOCAL_FLAGS] & ~termios.ECHO) | termios.ICANON | termios.ISIG
+        self._set(modes)
+        os.write(self._descriptor, self._question)
+        self._is_asked = True
+
+    def _set(self, modes: list[Any]) -> None:
+        while True:
+            try:
+                # Flush: what was typed before the question is not an answer to it.
+                termios.tcsetattr(self._descriptor, termios.TCSAFLUSH, modes)
+            except termios.error as error:
+                # Who sets them from the background is stopped first.
+                if error.args[0] != errno.EINTR:
+                    raise
+            else:
+                return
+
+    def _suspend(self, number: int, _frame: FrameType | None) -> None:
+        self._set(self._before)
+        self._is_asked = False
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
+        # Here it goes on. Where nobody could continue it, the kernel has not stopped it either.
+        signal.signal(number, self._suspend)
+        if not self._is_asked:
+            self._ask()
+
+    def _resume(self, _number: int, _frame: FrameType | None) -> None:
+        self._ask()

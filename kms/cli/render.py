@@ -6,6 +6,7 @@ What a command may not need, rich's drawing above all, is imported where it is u
 from __future__ import annotations
 
 import contextlib
+import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 import rich_click as click
 
-from kms.cli.run import one_line
+from kms.cli.words import fitted, one_line
 
 if TYPE_CHECKING:
+    from kms.cli.options import Settings
     from kms.core.usage import TimedDisable, VersionUsage
     from kms.wire.messages import KeyGroupView
 
@@ -28,20 +30,38 @@ _STATE_STYLES: Final = {"ACTIVE": "bold green", "ENABLED": "cyan", "DISABLED": "
 
 
 def document(**fields: Any) -> None:
-    """`fields` as one JSON document on a line of its own; bytes become base64, structs objects."""
+    """`fields` as one JSON document on a line of its own; bytes become base64, structs objects, paths text.
+
+    What is not printable is escaped: JSON has its own way for that, and a terminal obeys none of it.
+    """
     import msgspec
 
-    click.echo(msgspec.json.encode(fields))
+    shown = {name: one_line(str(value)) if isinstance(value, Path) else value for name, value in fields.items()}
+    encoded = msgspec.json.encode(shown).decode()
+    click.echo(encoded if encoded.isprintable() else "".join(map(_json_escaped, encoded)))
+
+
+def _json_escaped(character: str) -> str:
+    # Of what the encoder leaves as it is, only in strings is anything not printable.
+    return character if character.isprintable() else json.dumps(character)[1:-1]
+
+
+def detail(settings: Settings, words: str) -> None:
+    """What was done, in the server's words."""
+    if settings.json:
+        document(detail=words)
+    else:
+        text(words)
 
 
 def text(line: str) -> None:
     """One line of plain text."""
-    click.echo(one_line(line))
+    click.echo(fitted(one_line(line), 1))
 
 
 def remark(line: str) -> None:
     """One line of plain text for whoever watches: standard output is for the result."""
-    click.echo(one_line(line), err=True)
+    click.echo(fitted(one_line(line), 2), err=True)
 
 
 def octets(line: memoryview) -> None:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final
 import rich_click as click
 
 from kms.cli import prompt, render
-from kms.cli.run import one_line
+from kms.cli.words import one_line
 from kms.errors import InternalError, InvalidRequestError, ProtocolError, ServerUnreachableError, UnauthorizedError
 from kms.limits import MAX_TIMED_DISABLE_SECONDS
 

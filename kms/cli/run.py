@@ -10,14 +10,17 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Callable, Sequence
+from types import TracebackType
 from typing import Any, Final
 
 import rich_click as click
 from click.exceptions import Exit
 
+from kms.cli.signals import StoppedError
+from kms.cli.words import fitted, one_line
 from kms.errors import (
+    EXIT_BROKEN_PIPE,
     EXIT_INTERNAL,
     EXIT_IO,
     EXIT_OK,
@@ -30,13 +33,13 @@ from kms.errors import (
     KmsError,
     LimitExceededError,
     ProtocolError,
+    ReaderGoneError,
     ThrottledError,
     UnauthorizedError,
 )
+from kms.host.standard import abandon_output, finish_output
 
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
-EXIT_BROKEN_PIPE: Final = 128 + signal.SIGPIPE
-"""What a shell reports for a program that SIGPIPE ended, as it ends most programs whose reader went away."""
 
 _REMEDIES: Final[dict[type[KmsError], str]] = {
     AuthFailedError: "check the token file, or the token in the environment",
@@ -49,40 +52,6 @@ _REMEDIES: Final[dict[type[KmsError], str]] = {
     ProtocolError: "check that a mini-kms server answers at this address",
 }
 """What to do about the errors whose text comes from a server, which cannot know how it was called."""
-
-_STOP_SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP)
-
-
-class StoppedError(BaseException):
-    """A signal asks this process to end.
-
-    No `Exception`, so that nothing between the work and the boundary takes it for a failure of the work.
-    """
-
-    def __init__(self, number: int) -> None:
-        super().__init__(number)
-        self.number = number
-
-
-@contextlib.contextmanager
-def stop_signals_raise() -> Iterator[None]:
-    """Make SIGTERM and SIGHUP unwind the stack, so that temp files are removed and a terminal's echo comes back.
-
-    One that is ignored stays ignored: nohup(1) means it.
-    """
-    before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-    heeded = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
-    for number in heeded:
-        signal.signal(number, _raise_stopped)
-    try:
-        yield
-    finally:
-        for number, handler in heeded.items():
-            signal.signal(number, handler)
-
-
-def _raise_stopped(number: int, _frame: FrameType | None) -> None:
-    raise StoppedError(number)
 
 
 def run(
@@ -100,18 +69,20 @@ def run(
     """
 
     def fail(message: str, status: int) -> int:
+        # What was printed before tells how far it came.
+        abandon_output()
         with contextlib.suppress(OSError):
             line = error_line(message) if error_line else f"{program}: error: {one_line(message)}\n"
-            click.echo(line, nl=False, err=True)
+            click.echo(fitted(line.rstrip("\n"), 2), err=True)
         return status
 
-    if os.environ.get(f"_{program}_COMPLETE".replace("-", "_").upper()):
-        # A shell asks for completions: click answers and exits.
-        command.main(prog_name=program)
     # What is made here is for its owner alone, who can use it whatever the umask was: 0777 would take even that.
     umask = os.umask(0o077)
     try:
         status = _invoke(command, program, sys.argv[1:] if arguments is None else list(arguments), obj)
+    except (BrokenPipeError, ReaderGoneError):
+        abandon_output()
+        return EXIT_BROKEN_PIPE
     except KmsError as error:
         remedy = _REMEDIES.get(type(error))
         message = str(error)
@@ -124,13 +95,9 @@ def run(
         return fail("interrupted; it was not finished", EXIT_INTERRUPTED)
     except StoppedError as stop:
         return fail(f"stopped by {signal.Signals(stop.number).name}; it was not finished", 128 + stop.number)
-    except BrokenPipeError:
-        _abandon_stdout()
-        return EXIT_BROKEN_PIPE
     except MemoryError:
         return fail("there is not enough memory; free some, or raise the limit (ulimit -v)", EXIT_SYSTEM)
     except OSError as error:
-        _abandon_stdout()
         return fail(_system_complaint(error), EXIT_IO)
     except Exception as error:
         # The text of an exception nobody foresaw may hold anything, so only its kind and place are told.
@@ -144,19 +111,19 @@ def run(
 def _invoke(command: click.Command, program: str, arguments: list[str], obj: Any) -> int:
     # Not `command.main(standalone_mode=False)`: rich-click's exits by itself, with the status that here means "the
     # server refused", when the reader of standard output has gone.
+    result: object
     try:
+        if os.environ.get(f"_{program}_COMPLETE".replace("-", "_").upper()):
+            # A shell asks for completions: click answers and exits.
+            command.main(prog_name=program)
         with command.make_context(program, arguments, obj=obj) as context:
             result = command.invoke(context)
     except Exit as end:
         result = end.exit_code
-    if sys.stdout is not None:
-        sys.stdout.flush()
+    except SystemExit as end:
+        result = end.code
+    finish_output()
     return result if isinstance(result, int) else EXIT_OK
-
-
-def one_line(text: str) -> str:
-    """`text` with whatever is not printable escaped: it can neither add a line nor speak to the terminal."""
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
 
 
 def _usage_complaint(error: click.ClickException) -> str:
@@ -178,18 +145,6 @@ def _path_of(error: click.ClickException, program: str) -> str:
 def _system_complaint(error: OSError) -> str:
     what = error.strerror or type(error).__name__
     return f"{error.filename}: {what}" if error.filename else f"input or output failed: {what}"
-
-
-def _abandon_stdout() -> None:
-    # What is still buffered cannot be written; the interpreter would try again at exit, and complain.
-    if sys.stdout is None:
-        return
-    try:
-        sys.stdout.flush()
-    except OSError:
-        null = os.open(os.devnull, os.O_WRONLY | os.O_CLOEXEC)
-        os.dup2(null, sys.stdout.fileno())
-        os.close(null)
 
 
 def _place(trace: TracebackType | None) -> str:

@@ -8,34 +8,47 @@ import hmac
 import logging
 import os
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
 import rich_click as click
 
 from kms.cli.lines import BackgroundLines
 from kms.cli.logs import Voice
-from kms.cli.options import PATH, epilog, version_option
-from kms.cli.prompt import obtain
-from kms.cli.run import run, stop_signals_raise
+from kms.cli.options import (
+    HELP,
+    PATH,
+    allow_group_option,
+    allows_group,
+    epilog,
+    one_reader_of_standard_input,
+    version_option,
+)
+from kms.cli.prompt import Wanted, obtain, obtain_new_passphrase, obtain_passphrase
+from kms.cli.run import run
+from kms.cli.signals import stop_signals_raise
 from kms.client.environment import ADMIN, API, Plane
 from kms.core.secret import Secret
 from kms.errors import ConfigError, InputMissingError
 from kms.host.hardening import forbid_dumps
-from kms.server.config import LOG_FORMATS, ServerConfig, log_format, resolve
+from kms.host.terminal import has_terminal
+from kms.server.config import LOG_FORMATS, Places, ServerConfig, log_format, resolve
 
 PROGRAM: Final = "kms-server"
 _STANDARD_ERROR: Final = 2
 
 
 @click.command(
+    context_settings=HELP,
     epilog=epilog(
         PROGRAM,
         "kms-server",
         "kms-server --no-tcp --unix-socket /run/kms/kms.sock --passphrase-file /root/passphrase",
         "MINIKMS_TCP_PORT=0 kms-server --no-unix",
-    )
+    ),
 )
 @click.option("--tcp-port", metavar="N", help="Port on 127.0.0.1; 0 is any free one. [MINIKMS_TCP_PORT or 9123]")
 @click.option("--unix-socket", type=PATH, metavar="PATH", help="[MINIKMS_UNIX_SOCKET or <data>/kms.sock]")
@@ -83,31 +96,36 @@ _STANDARD_ERROR: Final = 2
 @click.option("--metrics-groups", is_flag=True, help="Name key groups in the metrics.")
 @click.option("--no-tcp", is_flag=True, help="Do not listen on TCP.")
 @click.option("--no-unix", is_flag=True, help="Do not listen on a Unix socket.")
+@allow_group_option
 @version_option
 @click.pass_obj
 def command(voice: Voice, /, **flags: Any) -> int:
     """Serve keys on loopback TCP and a Unix socket until SIGINT or SIGTERM.
 
     SIGHUP reads the file of principals again; what cannot be used changes nothing. It also begins a new audit log where
-    the old one was renamed.
+    the old one was renamed. It stops a server whose terminal was closed.
 
-    A first run at a terminal makes the keystore; anywhere else kms-admin init has to. Secrets are never flags:
-    MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and MINIKMS_ADMIN_TOKEN win over the files; what neither gives is asked for.
+    A first run at a terminal makes the keystore; anywhere else kms-admin init has to. Secrets are never flags: a flag
+    names a file, and wins over MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and MINIKMS_ADMIN_TOKEN, and these over the other
+    files; what none of them gives is asked for.
     <data> is $XDG_DATA_HOME/mini-kms or ~/.mini-kms; kms-admin init fills it.
     """
     voice.use(log_format(flags, os.environ))
-    config = resolve(flags, os.environ)
+    config, places = resolve(flags, os.environ), Places(flags, os.environ)
     with contextlib.ExitStack() as secrets:
         lines = secrets.enter_context(BackgroundLines(_STANDARD_ERROR, partial(voice.line, logging.WARNING)))
         handler = logging.StreamHandler(lines)
         handler.setFormatter(voice.formatter)
         logging.basicConfig(handlers=[handler], level=logging.INFO)
+        say = partial(_say, lines, voice)
+        hangup_stops = _watch_terminal()
         # Only until the daemon runs: it has its own way to stop.
         with stop_signals_raise():
-            makes_keystore = _is_first_run(config)
-            api, admin, passphrase = _secrets(config, secrets, new=makes_keystore)
+            makes_keystore = _is_first_run(config, places)
+            api, admin, passphrase = _secrets(places, flags, say, secrets, new=makes_keystore)
         # To the daemon it means to reload; nor may one kill it that comes before it listens for signals, or after.
         secrets.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
+        secrets.enter_context(_leaving_at_once(say, lines))
         from kms.core.derive import KdfParameters
         from kms.server import daemon
 
@@ -116,12 +134,45 @@ def command(voice: Voice, /, **flags: Any) -> int:
             passphrase,
             api,
             admin,
-            say=lambda text: lines.write(voice.line(logging.INFO, text)),
+            say=say,
             makes_with=KdfParameters() if makes_keystore else None,
+            hangup_stops=hangup_stops,
         )
 
 
-def _is_first_run(config: ServerConfig) -> bool:
+def _say(lines: BackgroundLines, voice: Voice, text: str) -> None:
+    lines.write(voice.line(logging.INFO, text))
+
+
+def _watch_terminal() -> Callable[[], bool]:
+    """What says whether the terminal is gone that this process has now; never of one that nohup(1) has started."""
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or not has_terminal():
+        return lambda: False
+    return lambda: not has_terminal()
+
+
+@contextlib.contextmanager
+def _leaving_at_once(say: Callable[[str], None], lines: BackgroundLines) -> Iterator[None]:
+    """Have SIGINT and SIGTERM end the process where it is, until the daemon is ready and listens for them itself.
+
+    It may be in the midst of the key derivation, which nothing interrupts. What it writes until then, a keystore or the
+    repair of a log, is made to survive that.
+    """
+
+    def leave(number: int, _frame: FrameType | None) -> None:
+        say(f"stopped at once by {signal.Signals(number).name}")
+        lines.close()
+        os._exit(128 + number)
+
+    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _is_first_run(config: ServerConfig, places: Places) -> bool:
     """Whether a keystore is to be made: none is there, nor a trace of one, and a person types its passphrase.
 
     Nobody reads what a server says that a service manager starts. Where the disk with its keystore is not mounted, it
@@ -137,27 +188,39 @@ def _is_first_run(config: ServerConfig) -> bool:
             f"there is no keystore at {config.keystore}, but there was one: {trace} is left of it. Put it back, or move "
             "all of that away"
         )
-    if os.environ.get("MINIKMS_PASSPHRASE") or config.passphrase_file is not None:
+    if os.environ.get("MINIKMS_PASSPHRASE") or places.passphrase_file is not None:
         raise InputMissingError(
             f"there is no keystore at {config.keystore}. Is its disk mounted? For a first start make one: kms-admin init"
         )
     return True
 
 
-def _secrets(config: ServerConfig, wiped: contextlib.ExitStack, *, new: bool) -> tuple[Secret, Secret, Secret]:
-    api = wiped.enter_context(_token(API, config))
-    admin = wiped.enter_context(_token(ADMIN, config))
+def _secrets(
+    places: Places, flags: Mapping[str, Any], say: Callable[[str], None], wiped: contextlib.ExitStack, *, new: bool
+) -> tuple[Secret, Secret, Secret]:
+    one_reader_of_standard_input(
+        {f"--{name.replace('_', '-')}": flags[name] for name in ("token_file", "admin_token_file", "passphrase_file")}
+    )
+    allow_group = allows_group(flags["allow_group_readable_secrets"])
+
+    def token(plane: Plane, flag: str | None, file: Callable[[], Path | None]) -> Secret:
+        wanted = Wanted(plane.name, plane.variable, plane.option, flag, file, allow_group=allow_group)
+        return wiped.enter_context(obtain(wanted))
+
+    api = token(API, flags["token_file"], lambda: places.token_file)
+    admin = token(ADMIN, flags["admin_token_file"], lambda: places.admin_token_file)
     if hmac.compare_digest(_digest(api), _digest(admin)):
         raise ConfigError("the API token and the admin token are the same; give each plane its own")
-    passphrase = wiped.enter_context(
-        obtain("passphrase", "MINIKMS_PASSPHRASE", config.passphrase_file, "--passphrase-file", new=new)
+    wanted = Wanted(
+        "passphrase",
+        "MINIKMS_PASSPHRASE",
+        "--passphrase-file",
+        flags["passphrase_file"],
+        lambda: places.passphrase_file,
+        allow_group=allow_group,
     )
-    return api, admin, passphrase
-
-
-def _token(plane: Plane, config: ServerConfig) -> Secret:
-    file = config.token_file if plane is API else config.admin_token_file
-    return obtain(plane.name, plane.variable, file, plane.option)
+    passphrase = obtain_new_passphrase(wanted, say, allow_weak=False) if new else obtain_passphrase(wanted)
+    return api, admin, wiped.enter_context(passphrase)
 
 
 def _digest(token: Secret) -> bytes:

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 from kms.client.known_server import loopback
-from kms.errors import ConfigError
+from kms.errors import ConfigError, InputError
+from kms.host.descriptors import STANDARD_INPUT, descriptor_named
 from kms.host.paths import data_directory
-from kms.host.private import read_secret
+from kms.host.secret_input import read_token
+from kms.host.secret_input import token as accepted_token
+from kms.host.variables import is_on
 from kms.limits import DEFAULT_TCP_HOST, DEFAULT_TCP_PORT, MAX_PORT
 
 _LOOK_SECONDS: Final = 1.0
@@ -76,11 +79,16 @@ def _port(text: str, origin: str) -> int:
     return int(text)
 
 
-def token_file(flag: str | None, plane: Plane, environ: Mapping[str, str]) -> Path | None:
-    """The file that holds the token of `plane`: flag, then environment, then the data directory's if it exists."""
-    named = flag or environ.get(plane.file_variable)
+NO_TOKEN: Final = "MINIKMS_NO_TOKEN"  # noqa: S105 - the name of a variable
+"""Says that whoever has no token is known by the user id, even where there is one."""
+ALLOW_GROUP: Final = "MINIKMS_ALLOW_GROUP_READABLE_SECRETS"
+
+
+def token_file(plane: Plane, environ: Mapping[str, str]) -> Path | None:
+    """The file that holds the token of `plane`: the environment's, else the data directory's if it exists."""
+    named = environ.get(plane.file_variable)
     if named:
-        return Path(named)
+        return STANDARD_INPUT if named == "-" else Path(named)
     usual = data_directory(environ) / plane.file_name
     return usual if os.path.lexists(usual) else None
 
@@ -90,11 +98,19 @@ def token(plane: Plane, address: Address, environ: Mapping[str, str]) -> str | T
 
     Raises `ConfigError` when there is none, and over TCP nobody is known otherwise.
     """
+    if address.unix is not None and is_on(environ, NO_TOKEN):
+        return ""
     if value := environ.get(plane.variable):
-        return value
-    file = token_file(None, plane, environ)
+        # Into a buffer by way of its bytes, as one is taken from a file: what may be one is the same.
+        given = bytearray(os.fsencode(value))
+        try:
+            with accepted_token(given, len(given), plane.variable) as secret, secret.view() as view:
+                return str(view, "utf-8")
+        except InputError as error:
+            raise ConfigError(str(error)) from None
+    file = token_file(plane, environ)
     if file is not None:
-        return TokenFile(file)
+        return TokenFile(file, environ)
     if address.unix is not None:
         return ""
     raise ConfigError(f"there is no {plane.name}; set {plane.variable}, or name a file with {plane.file_variable}")
@@ -118,13 +134,14 @@ def found(plane: Plane, environ: Mapping[str, str] | None) -> Found:
 class TokenFile:
     """The token in a private file, which is read again when it has changed. It is looked at once a second at the most."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Raises what `read_secret` raises."""
+    def __init__(self, path: str | os.PathLike[str], environ: Mapping[str, str] | None = None) -> None:
+        """Raises what `read_token` raises. `environ` says whether its group may read it; it is that of this process."""
         self._path = Path(path)
+        self._allow_group = is_on(os.environ if environ is None else environ, ALLOW_GROUP)
         self._read()
 
     def __call__(self) -> str:
-        """The token; raises what `read_secret` raises, where the file has changed."""
+        """The token; raises what `read_token` raises, where the file has changed."""
         if time.monotonic() - self._looked >= _LOOK_SECONDS and self._identified() != self._identity:
             self._read()
         return self._token
@@ -134,15 +151,14 @@ class TokenFile:
 
     def _read(self) -> None:
         identity = self._identified()
-        with read_secret(self._path) as secret, secret.view() as view:
-            try:
-                self._token = str(view, "utf-8")
-            except UnicodeError:
-                raise ConfigError(f"the token in {self._path} is not UTF-8 text; is it the right file?") from None
+        with read_token(self._path, allow_group=self._allow_group) as secret, secret.view() as view:
+            self._token = str(view, "utf-8")
         self._identity = identity
 
     def _identified(self) -> tuple[int, ...] | None:
         self._looked = time.monotonic()
+        if descriptor_named(self._path) is not None:
+            return None  # what was read from it is gone
         try:
             state = self._path.stat()
         except OSError:

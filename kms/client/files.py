@@ -26,7 +26,7 @@ from kms.client.protocol import BytesLike, DataKey, octets
 from kms.core import ciphertext, container
 from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
 from kms.core.secret import Secret
-from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
+from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError, ReaderGoneError
 from kms.host import streams
 from kms.host.durable import RenameError
 from kms.host.output import OutputFile, open_stream
@@ -237,11 +237,8 @@ class _StreamWriter:
         self._name = name
 
     def write(self, data: bytes | memoryview) -> None:
-        with _translated(f"cannot write {self._name}"), memoryview(data) as rest:
-            written = 0
-            # An unbuffered file may take only a part.
-            while written < len(rest):
-                written += self._stream.write(rest[written:])
+        with _translated(f"cannot write {self._name}"):
+            streams.put(self._stream, data)
 
     def commit(self) -> None:
         with _translated(f"cannot write {self._name}"):
@@ -393,6 +390,8 @@ def _base64_line(blob: bytes) -> bytes:
 def _translated(action: str) -> Iterator[None]:
     try:
         yield
+    except BrokenPipeError as error:
+        raise ReaderGoneError(_message(action, error)) from error
     except OSError as error:
         raise FileAccessError(_message(action, error)) from error
 
@@ -406,6 +405,8 @@ _REMEDIES: Final = {
     errno.EBUSY: "it is a mount point of its own, which nothing can replace: write with --out - > FILE",
     errno.EXDEV: "it is a mount point of its own, which nothing can replace: write with --out - > FILE",
     errno.EIO: "check the disk",
+    errno.EBADF: "it is closed",
+    errno.EFBIG: "raise the limit (ulimit -f)",
     errno.EPIPE: "the reader of the pipe has ended",
 }
 

@@ -7,6 +7,7 @@ descriptor, drawn from the system, derived into it by Argon2 or HKDF) and only e
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Self
 
@@ -31,6 +32,11 @@ class Secret:
         """Overwrite the bytes with zeros; the length stays. Wiping twice does nothing more."""
         self._buffer[:] = bytes(len(self._buffer))
 
+    def take(self) -> bytearray:
+        """The buffer itself, for who makes another secret of it; this one has none any more."""
+        buffer, self._buffer = self._buffer, bytearray()
+        return buffer
+
     def __enter__(self) -> Self:
         return self
 
@@ -42,3 +48,20 @@ class Secret:
 
     def __reduce__(self) -> str:
         raise TypeError("a Secret is not pickled or copied")
+
+
+class Passphrase(Secret):
+    """A passphrase in the form that is used, and the forms in which an earlier release would have used it."""
+
+    __slots__ = ("complaint", "earlier_forms")
+
+    def __init__(self, buffer: bytearray, earlier_forms: Sequence[Secret] = (), complaint: str | None = None) -> None:
+        """`complaint` says why it may not be a new one. All forms are wiped with it."""
+        super().__init__(buffer)
+        self.earlier_forms = tuple(earlier_forms)
+        self.complaint = complaint
+
+    def wipe(self) -> None:
+        super().wipe()
+        for form in self.earlier_forms:
+            form.wipe()

@@ -19,6 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
+from kms.host.streams import write_all
+
 TEMP_MARK: Final = ".tmp-"
 
 
@@ -102,16 +104,6 @@ class DurableFile:
         if not self._committed:
             with contextlib.suppress(OSError):
                 self._temp.unlink()
-
-
-def write_all(descriptor: int, data: bytes | bytearray | memoryview) -> None:
-    """Write all of `data` to `descriptor`, however little it takes at a time."""
-    with memoryview(data) as rest:
-        written = 0
-        while written < len(rest):
-            # Let go even when it fails: what still refers to a buffer keeps it from being filled anew.
-            with rest[written:] as unwritten:
-                written += os.write(descriptor, unwritten)
 
 
 def write_file(

@@ -14,7 +14,6 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import secrets
 import stat
 from hashlib import sha256
@@ -24,14 +23,12 @@ from typing import BinaryIO, Final, Self
 
 from kms.errors import InputError
 from kms.host import durable
+from kms.host.descriptors import descriptor_named, duplicate
+from kms.host.streams import write_all
 
 _NO_UNNAMED_FILES: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT, errno.EINVAL}
 """What open(2) says to O_TMPFILE: the file system has none; the kernel is older; the C library's emulation."""
 _NEW: Final = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-_DESCRIPTOR: Final = re.compile(r"/(?:dev/fd|proc/(?:self|thread-self|[0-9]+)/fd)/([0-9]{1,9})")
-_STANDARD: Final = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
-_MOST_LINKS: Final = 40
-_OPENED_AT_START: Final = (0, 1, 2)
 _NEVER_COPIED: Final = ("security.", "trusted.")
 """Attributes that say what a program may do, such as capabilities; they were given to the old content."""
 _ACL: Final = "system.posix_acl_access"
@@ -100,7 +97,7 @@ class OutputFile:
 
     def write(self, data: bytes | bytearray | memoryview) -> None:
         """Write all of `data`."""
-        durable.write_all(self._descriptor, data)
+        write_all(self._descriptor, data)
 
     def commit(self) -> None:
         """Make it durable under its name. `OSError` when it failed before the rename, `durable.RenameError` after it."""
@@ -196,9 +193,9 @@ def open_stream(path: Path) -> BinaryIO | None:
     That is a descriptor this process was started with (`/dev/stdout`, `/dev/fd/3`), a pipe, a terminal or another character
     device. Raises `InputError` for what can be neither, `OSError`.
     """
-    number = _descriptor_named(path)
+    number = descriptor_named(path)
     if number is not None:
-        return _duplicate(number, path)
+        return os.fdopen(duplicate(number, path), "wb", buffering=0)
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -208,32 +205,3 @@ def open_stream(path: Path) -> BinaryIO | None:
     if stat.S_ISFIFO(mode) or stat.S_ISCHR(mode):
         return os.fdopen(os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOCTTY), "wb", buffering=0)
     raise InputError(f"{path} is not a file that can be written; name another, or use - for standard output")
-
-
-def _descriptor_named(path: Path) -> int | None:
-    """The number of the descriptor that `path` names, by way of symbolic links too."""
-    # One link after the other: what lies behind the last, in /proc, is no path.
-    current = Path.cwd() / path
-    for _ in range(_MOST_LINKS):
-        text = os.path.normpath(current)
-        if text in _STANDARD:
-            return _STANDARD[text]
-        found = _DESCRIPTOR.fullmatch(text)
-        if found is not None:
-            return int(found[1])
-        try:
-            current = current.parent / current.readlink()
-        except OSError:
-            return None
-    return None
-
-
-def _duplicate(number: int, path: Path) -> BinaryIO:
-    try:
-        # Those that we opened ourselves are closed on exec; what a shell hands on is not.
-        if number not in _OPENED_AT_START and not os.get_inheritable(number):
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-        # Of the same open file: it keeps its position, and O_APPEND.
-        return os.fdopen(os.dup(number), "wb", buffering=0)
-    except OSError:
-        raise InputError(f"{path} is no descriptor that this command was started with; name a file") from None

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import stat
 from pathlib import Path
 from typing import Final
 
-from kms.core.secret import Secret
-from kms.errors import FileAccessError, InputError, InputMissingError, SecretFileError
+from kms.errors import FileAccessError, InputMissingError, SecretFileError
 from kms.host.durable import sync_names
-from kms.limits import MAX_SECRET_BYTES
 
 _OTHERS: Final = stat.S_IRWXG | stat.S_IRWXO
-_LF: Final = 0x0A
-_CR: Final = 0x0D
+_ALLOW: Final = "give --allow-group-readable-secrets"
 _OWN_DIRECTORY: Final = "choose one of your own, which is made when it is missing"
 
 
@@ -84,68 +82,42 @@ def check_shared_directory(path: Path, gid: int) -> None:
         raise SecretFileError(f"the group {gid} may not enter the directory {path}; {remedy}")
 
 
-def open_private(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_private(path: Path, flags: int = os.O_RDONLY, *, allow_group: bool | None = None) -> int:
     """A descriptor of a private regular file that is there, to read it unless `flags` say otherwise.
 
-    Checked on the descriptor, not on the path, so that the file cannot be exchanged in between.
+    Checked on the descriptor, not on the path, so that the file cannot be exchanged in between. `allow_group` takes it as
+    containers get their secrets: by way of a symbolic link, and readable by a group that this process is in. False says
+    that a person could have allowed it.
+
+    Raises `InputMissingError`, `SecretFileError` for one that is not private, `FileAccessError`.
     """
+    follow = 0 if allow_group else os.O_NOFOLLOW
     try:
         # O_NONBLOCK: opening a FIFO must not hang before its kind is known.
-        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK)
+        descriptor = os.open(path, flags | follow | os.O_CLOEXEC | os.O_NONBLOCK)
     except FileNotFoundError:
         raise InputMissingError(f"there is no file {path}") from None
     except PermissionError:
-        raise SecretFileError(f"cannot read {path}: permission denied; run as its owner: chmod 600 {path}") from None
+        raise SecretFileError(f"cannot read {path}: permission denied; {_as_owner(path)}") from None
     except OSError as error:
-        if path.is_symlink():
-            raise SecretFileError(f"{path} is a symbolic link; name the file itself") from None
+        if not allow_group and path.is_symlink():
+            alternative = "" if allow_group is None else f", or {_ALLOW}"
+            raise SecretFileError(f"{path} is a symbolic link; name the file itself{alternative}") from None
         raise FileAccessError(f"cannot read {path}: {error.strerror}") from error
     try:
         state = os.fstat(descriptor)
         if not stat.S_ISREG(state.st_mode):
             raise SecretFileError(f"{path} is not a regular file; name one that holds the secret")
         _check_owner(path, state)
-        if stat.S_IMODE(state.st_mode) & _OTHERS & ~_credential_bits(state):
-            raise SecretFileError(f"other users may read {path}; run: chmod 600 {path}")
+        open_to = stat.S_IMODE(state.st_mode) & _OTHERS & ~_credential_bits(state)
+        if open_to & ~(_own_group_bits(state) if allow_group else 0):
+            could_be_allowed = allow_group is False and open_to == _own_group_bits(state)
+            alternative = f" (or, as it is a group of your own, {_ALLOW})" if could_be_allowed else ""
+            raise SecretFileError(f"other users may read {path}; run: chmod 600 {path}{alternative}")
     except BaseException:
         os.close(descriptor)
         raise
     return descriptor
-
-
-def read_secret(path: Path) -> Secret:
-    """The secret in `path`, without one line end at its end; at most 4096 bytes.
-
-    It is read straight into a buffer that can be wiped, never through a Python string.
-    """
-    descriptor = open_private(path)
-    buffer = bytearray(MAX_SECRET_BYTES + 1)
-    try:
-        length = os.readv(descriptor, [buffer])
-    except OSError as error:
-        raise FileAccessError(f"cannot read {path}: {error.strerror}") from error
-    finally:
-        os.close(descriptor)
-    if length > MAX_SECRET_BYTES:
-        Secret(buffer).wipe()
-        raise InputError(f"{path} holds more than {MAX_SECRET_BYTES} bytes; that is not a passphrase or token")
-    return trimmed(buffer, length, str(path))
-
-
-def trimmed(buffer: bytearray, length: int, origin: str) -> Secret:
-    """The first `length` bytes of `buffer` as a secret, without one LF or CR LF at the end; `buffer` is wiped.
-
-    Raises `InputError`, naming `origin`, when nothing is left.
-    """
-    if length and buffer[length - 1] == _LF:
-        length -= 1
-        if length and buffer[length - 1] == _CR:
-            length -= 1
-    secret = Secret(buffer[:length])
-    Secret(buffer).wipe()
-    if not length:
-        raise InputError(f"{origin} is empty; put the secret into it")
-    return secret
 
 
 def _credential_bits(state: os.stat_result) -> int:
@@ -155,6 +127,19 @@ def _credential_bits(state: os.stat_result) -> int:
     return stat.S_IRGRP if is_roots and os.geteuid() != 0 else 0
 
 
+def _own_group_bits(state: os.stat_result) -> int:
+    return stat.S_IRGRP if state.st_gid in {os.getegid(), *os.getgroups()} else 0
+
+
 def _check_owner(path: Path, state: os.stat_result) -> None:
     if state.st_uid not in (os.geteuid(), 0):
-        raise SecretFileError(f"{path} belongs to another user; run: chown {os.geteuid()} {path}")
+        raise SecretFileError(f"{path} belongs to another user; {_as_owner(path)}")
+
+
+def _as_owner(path: Path) -> str:
+    """What to do about a file that is another user's: it is that user's, and stays so."""
+    try:
+        name = pwd.getpwuid(path.stat().st_uid).pw_name
+    except (OSError, KeyError):
+        return "run this as its owner"
+    return f"run this as its owner: sudo -u {name} ..."

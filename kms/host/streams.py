@@ -1,10 +1,14 @@
-"""Reading a stream to its end, whatever it is connected to."""
+"""Reading a stream to its end and writing all of what there is, whatever it is connected to."""
 
 from __future__ import annotations
 
+import os
 import select
 import sys
-from typing import BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 
 def standard_input() -> BinaryIO:
@@ -29,3 +33,36 @@ def fill(stream: BinaryIO, buffer: memoryview) -> int:
             break
         length += count
     return length
+
+
+def put(stream: BinaryIO, data: ReadableBuffer) -> None:
+    """Write all of `data` to an open file, buffered or not. Raises `OSError`."""
+    with memoryview(data).cast("B") as rest:
+        written = 0
+        while written < len(rest):
+            with rest[written:] as unwritten:
+                count: int | None = stream.write(unwritten)
+            if count is None:
+                _wait_for_room(stream.fileno())
+            else:
+                written += count
+
+
+def write_all(descriptor: int, data: ReadableBuffer) -> None:
+    """Write all of `data` to `descriptor`, however little it takes at a time, and whether it waits by itself or not."""
+    with memoryview(data).cast("B") as rest:
+        written = 0
+        while written < len(rest):
+            # Let go even when it fails: what still refers to a buffer keeps it from being filled anew.
+            with rest[written:] as unwritten:
+                try:
+                    written += os.write(descriptor, unwritten)
+                except BlockingIOError:
+                    _wait_for_room(descriptor)
+
+
+def _wait_for_room(descriptor: int) -> None:
+    # Not select(2), which knows no descriptor above 1023.
+    waiting = select.poll()
+    waiting.register(descriptor, select.POLLOUT)
+    waiting.poll()

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from kms import limits
 from kms.errors import ConfigError
+from kms.host.descriptors import STANDARD_INPUT
 from kms.host.paths import data_directory
 from kms.service.audit_settings import AuditSettings, DataAudit
 
@@ -40,16 +41,13 @@ LOG_FORMATS: Final = ("human", "json")
 
 @dataclass(frozen=True, slots=True)
 class ServerConfig:
-    """What the server runs with. A listener that is off is None; a secret without a file comes from a prompt."""
+    """What the server runs with, but for its secrets. A listener that is off is None."""
 
     tcp_port: int | None
     unix_socket: Path | None
     unix_socket_gid: int | None
     """The group that may connect to the Unix socket; None: only the server's own user may."""
     keystore: Path
-    token_file: Path | None
-    admin_token_file: Path | None
-    passphrase_file: Path | None
     principals: Path
     principals_named: bool
     """Whether that file has to exist; the one at the default place need not."""
@@ -65,47 +63,105 @@ class ServerConfig:
     """Whether the metrics name key groups."""
 
 
+class Places:
+    """Where the server's files are: flags over environment over the data directory, each found out when it is asked for."""
+
+    def __init__(self, flags: Mapping[str, Any], environ: Mapping[str, str]) -> None:
+        """`flags` are None where they were not given."""
+        self._source = _Source(flags, environ)
+        self._environ = environ
+
+    @property
+    def keystore(self) -> Path:
+        return self._named("keystore") or self._data("keystore.json")
+
+    @property
+    def unix_socket(self) -> Path:
+        return self._named("unix_socket") or self._data("kms.sock")
+
+    @property
+    def new_token_files(self) -> tuple[Path, Path]:
+        """Where the API token and the admin token go that are made now."""
+        return (
+            self._named("token_file") or self._data("api.token"),
+            self._named("admin_token_file") or self._data("admin.token"),
+        )
+
+    @property
+    def token_file(self) -> Path | None:
+        """None where none is named, and none at its usual place."""
+        return self._secret("token_file") or _if_exists(self._data("api.token"))
+
+    @property
+    def admin_token_file(self) -> Path | None:
+        """As `token_file`."""
+        return self._secret("admin_token_file") or _if_exists(self._data("admin.token"))
+
+    @property
+    def passphrase_file(self) -> Path | None:
+        """None where none is named, and systemd has handed over none."""
+        named = self._secret("passphrase_file")
+        credentials = self._environ.get("CREDENTIALS_DIRECTORY")
+        return named or (_if_exists(Path(credentials) / "passphrase") if credentials else None)
+
+    @property
+    def principals(self) -> Path:
+        return self._named("principals") or self._data("principals.toml")
+
+    @property
+    def audit_log(self) -> Path:
+        return self._named("audit_log") or self._data("audit.log")
+
+    @property
+    def audit_log_if_known(self) -> Path | None:
+        """None where it is not named, and there is no data directory for it to be in."""
+        try:
+            return self.audit_log
+        except ConfigError:
+            return None
+
+    def _named(self, name: str) -> Path | None:
+        return self._source.path(name)
+
+    def _secret(self, name: str) -> Path | None:
+        """A file with a secret; `-` is standard input."""
+        value = self._source.text(name)
+        return STANDARD_INPUT if value == "-" else self._named(name)
+
+    def _data(self, name: str) -> Path:
+        return data_directory(self._environ) / name
+
+
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfig:
     """The configuration from `flags` (None where not given) and `environ`; raises `ConfigError`."""
-    source = _Source(flags, environ)
-    data = data_directory(environ)
+    source, places = _Source(flags, environ), Places(flags, environ)
     no_tcp, no_unix = bool(flags.get("no_tcp")), bool(flags.get("no_unix"))
     if no_tcp and no_unix:
         raise ConfigError("--no-tcp and --no-unix together leave no way in; leave one out")
     no_audit = bool(flags.get("no_audit"))
     if no_audit and flags.get("audit_log"):
         raise ConfigError("--no-audit and --audit-log exclude each other; give one")
-    unix_socket = None if no_unix else source.path("unix_socket", data / "kms.sock")
-    principals = source.optional_path("principals", None)
     no_principals = bool(flags.get("no_principals"))
-    if no_principals and os.path.lexists(principals or data / "principals.toml"):
-        raise ConfigError(
-            f"--no-principals: there is a file {principals or data / 'principals.toml'}; leave one of them out"
-        )
-    audit_log = source.optional_path("audit_log", None)
+    if no_principals and os.path.lexists(places.principals):
+        raise ConfigError(f"--no-principals: there is a file {places.principals}; leave one of them out")
     metrics_port, metrics_groups = (
         source.optional_number("metrics_port", 0, limits.MAX_PORT),
         bool(flags.get("metrics_groups")),
     )
     _check_metrics(metrics_port, groups=metrics_groups)
-    credentials = environ.get("CREDENTIALS_DIRECTORY")
-    credential = _if_exists(Path(credentials) / "passphrase") if credentials else None
     return ServerConfig(
         tcp_port=None if no_tcp else source.number("tcp_port", limits.DEFAULT_TCP_PORT, 0, limits.MAX_PORT),
-        unix_socket=unix_socket,
+        unix_socket=None if no_unix else places.unix_socket,
         unix_socket_gid=None if no_unix else source.group("unix_socket_group"),
-        keystore=source.path("keystore", data / "keystore.json"),
-        token_file=source.optional_path("token_file", _if_exists(data / "api.token")),
-        admin_token_file=source.optional_path("admin_token_file", _if_exists(data / "admin.token")),
-        passphrase_file=source.optional_path("passphrase_file", credential),
-        principals=principals or data / "principals.toml",
-        principals_named=principals is not None and not no_principals,
+        keystore=places.keystore,
+        principals=places.principals,
+        principals_named=source.path("principals") is not None and not no_principals,
         no_principals=no_principals,
         audit=AuditSettings(
-            path=audit_log or data / "audit.log",
+            path=places.audit_log,
             data=DataAudit(source.choice("audit_data", tuple(DataAudit))),
             is_off=no_audit,
-            is_always_kept=audit_log is not None,
+            is_always_kept=source.path("audit_log") is not None,
             accept_rollback=bool(flags.get("accept_rollback")),
         ),
         max_frame_bytes=source.number(
@@ -176,12 +232,13 @@ class _Source:
             raise ConfigError(f"{origin}: give {' or '.join(choices)}")
         return str(value)
 
-    def path(self, name: str, default: Path) -> Path:
-        return self.optional_path(name, default) or default
-
-    def optional_path(self, name: str, default: Path | None) -> Path | None:
+    def text(self, name: str) -> str | None:
         value, _ = self._find(name)
-        return default if value is None else Path(value)
+        return None if value is None else str(value)
+
+    def path(self, name: str) -> Path | None:
+        value = self.text(name)
+        return None if value is None else Path(value)
 
     def group(self, name: str) -> int | None:
         value, origin = self._find(name)

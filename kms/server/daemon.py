@@ -3,7 +3,8 @@
 Supervision, outer to inner: signals -> actor -> connections -> accepting. Stopping walks it from the inside out: stop
 accepting, wake the idle connections, give those at work five seconds, close the actor's channel, wipe every key.
 
-SIGHUP stops nothing: it reads the file of principals again, and goes on in a new file where the audit log was renamed.
+SIGHUP reads the file of principals again, and goes on in a new file where the audit log was renamed. It stops the server
+only where the terminal is gone that it was started at.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import gc
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Final
 
 import trio
@@ -24,6 +26,7 @@ from kms.core.secret import Secret
 from kms.errors import EXIT_INTERNAL, EXIT_OK, EXIT_TEMPFAIL, KeystoreReplacedError, SaveOutcomeUnknownError
 from kms.host import hardening, package
 from kms.limits import DRAIN_TIMEOUT
+from kms.server import stopping
 from kms.server.config import ServerConfig
 from kms.server.connection import ConnectionBounds
 from kms.server.crowd import Crowd
@@ -42,6 +45,7 @@ from kms.service.usage import load as load_usage
 from kms.storage import usage_file
 from kms.storage.audit_log import is_kept
 from kms.storage.file import Keystore, KeystoreLock, initialise, load, raise_costs
+from kms.storage.passphrases import opening_form
 
 if TYPE_CHECKING:
     from kms.server.metrics_listener import MetricsListener
@@ -61,13 +65,16 @@ def run(
     *,
     say: Say,
     makes_with: KdfParameters | None = None,
+    hangup_stops: Callable[[], bool] = lambda: False,
 ) -> int:
     """Run the server until SIGINT or SIGTERM; returns the exit status. The three secrets are wiped.
 
     A keystore that is missing is made, at the KDF costs `makes_with`, only where these are given; `say` takes a line for
-    the person who started it. Raises a `KmsError` when it cannot start.
+    the person who started it. SIGHUP reloads, or stops where `hangup_stops`. Raises a `KmsError` when it cannot start.
+
+    Until it is ready, SIGINT and SIGTERM do what the caller had them do: nothing is begun yet that must be ended in order.
     """
-    return trio.run(_main, config, passphrase, api_token, admin_token, say, makes_with)
+    return trio.run(_main, config, passphrase, api_token, admin_token, say, makes_with, hangup_stops)
 
 
 async def _main(
@@ -77,9 +84,10 @@ async def _main(
     admin_token: Secret,
     say: Say,
     makes_with: KdfParameters | None,
+    hangup_stops: Callable[[], bool],
 ) -> int:
-    received = trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    with received as signals, passphrase, api_token, admin_token:
+    # From the start: what a file said that was read before it came is not what is to be in force.
+    with trio.open_signal_receiver(signal.SIGHUP) as hangups, passphrase, api_token, admin_token:
         shared = Authenticator(api_token, admin_token)
         # It knows them by their digests from here on.
         api_token.wipe()
@@ -103,7 +111,10 @@ async def _main(
                 service = await _service(config, keystore, keyring, access, meters)
                 try:
                     await service.admit(access)
-                    return await Daemon(config, service, meters, memory, say).serve(signals, Reload(service, source))
+                    reload = Reload(service, source)
+                    with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as stops:
+                        until_stopped = partial(stopping.until_stopped, stops, hangups, reload, hangup_stops)
+                        return await Daemon(config, service, meters, memory, say).serve(until_stopped)
                 finally:
                     service.close()
             finally:
@@ -114,6 +125,7 @@ def _unlock(
     config: ServerConfig, lock: KeystoreLock, passphrase: Secret, say: Say, makes_with: KdfParameters | None
 ) -> tuple[Keystore, Keyring]:
     if makes_with is None or os.path.lexists(lock.keystore):
+        passphrase = opening_form(lock.keystore, passphrase)
         log = config.audit.path if is_kept(config.audit.path) else None
         notes = raise_costs(lock, passphrase, parameters=KdfParameters(), audit_log=log)
         keystore, keyring = load(lock, passphrase)
@@ -164,15 +176,15 @@ class Daemon:
         outbox = Outbox(service.pipeline.commit)
         self._crowd = Crowd(service.pipeline.session, bounds, outbox, config.max_connections)
 
-    async def serve(self, signals: AsyncIterator[int], reload: Reload) -> int:
-        """Serve until one of `signals` stops it; returns the exit status. `reload` is what SIGHUP calls."""
+    async def serve(self, until_stopped: Callable[[], Awaitable[int]]) -> int:
+        """Serve until a signal stops it, whose number `until_stopped` returns; returns the exit status."""
         status = EXIT_OK
         try:
             with listening(self._config) as endpoints, self._metrics() as metrics:
                 async with trio.open_nursery() as supervisor:
                     self._service.start_core(supervisor)
                     try:
-                        await self._serve(endpoints, metrics, signals, reload)
+                        await self._serve(endpoints, metrics, until_stopped)
                         await self._service.save_usage()
                     finally:
                         # However this ends: the actor is shielded, and would keep a broken daemon alive for ever.
@@ -187,7 +199,7 @@ class Daemon:
         return status
 
     async def _serve(
-        self, endpoints: Sequence[Endpoint], metrics: MetricsListener | None, signals: AsyncIterator[int], reload: Reload
+        self, endpoints: Sequence[Endpoint], metrics: MetricsListener | None, until_stopped: Callable[[], Awaitable[int]]
     ) -> None:
         async with trio.open_nursery() as connections:
             async with trio.open_nursery() as accepting:
@@ -200,7 +212,7 @@ class Daemon:
                 gc.freeze()
                 self._announce(endpoints, metrics)
                 notify("READY=1")
-                number = await _until_stopped(signals, reload)
+                number = await until_stopped()
                 self._say(f"stopping on {signal.Signals(number).name}")
                 notify("STOPPING=1")
                 accepting.cancel_scope.cancel()
@@ -231,12 +243,3 @@ class Daemon:
         collector = self._meters.collector(package.version(), self._service.keyring, self._crowd, lambda: keeper.log)
         with contextlib.closing(MetricsListener(port, collector)) as listener:
             yield listener
-
-
-async def _until_stopped(signals: AsyncIterator[int], reload: Callable[[], Awaitable[None]]) -> int:
-    """The first signal that stops; what SIGHUP asks for is done until then."""
-    async for number in signals:
-        if number != signal.SIGHUP:
-            return number
-        await reload()
-    raise AssertionError("signals do not end")

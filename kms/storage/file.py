@@ -284,12 +284,13 @@ def _holds(path: Path, raw: bytes) -> bool:
         return False
 
 
-def trace_of_another(keystore: Path, audit_log: Path) -> Path | None:
+def trace_of_another(keystore: Path, audit_log: Path | None) -> Path | None:
     """What shows that there was a keystore at this path, if anything does: it is missing then, not yet to be made.
 
     Its lock is none. Whoever tries to start a server leaves that.
     """
-    beside = (usage_file.path_of(keystore), *_kept_paths(keystore), audit_log, head_path(audit_log))
+    logs = () if audit_log is None else (audit_log, head_path(audit_log))
+    beside = (usage_file.path_of(keystore), *_kept_paths(keystore), *logs)
     found = next((path for path in beside if os.path.lexists(path)), None)
     if found is None and keystore.parent.is_dir():
         found = next(iter(sorted(durable.temp_files(keystore))), None)

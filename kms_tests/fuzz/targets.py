@@ -12,6 +12,7 @@ import json
 import os
 import random
 import tempfile
+import unicodedata
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, fields
@@ -46,7 +47,7 @@ from kms.core.policy import AllowAll, Operation
 from kms.core.secret import Secret
 from kms.core.usage import Operations, Refusals, TimedDisable
 from kms.errors import ConfigError, DecryptionFailedError, InputError, KeystoreError, WrongPassphraseError
-from kms.host.private import read_secret
+from kms.host.secret_input import read_passphrase
 from kms.server.config import ENVIRONMENT, resolve
 from kms.service.audit_settings import AuditSettings
 from kms.service.authentication import Authenticator
@@ -535,20 +536,23 @@ def check_principals(data: bytes) -> None:
 
 
 def check_secret_file(data: bytes) -> None:
-    """A file is the secret in it, byte for byte without one line end, or an `InputError`."""
+    """A file is the passphrase in it without one line end, in normal form C; or one as it is, and what is wrong with it."""
+    stripped = data[:-2] if data.endswith(b"\r\n") else data[:-1] if data.endswith(b"\n") else data
     with tempfile.NamedTemporaryFile(delete=True) as file:
         file.write(data)
         file.flush()
         try:
-            secret = read_secret(Path(file.name))
+            secret = read_passphrase(Path(file.name))
         except InputError:
-            _require(
-                data in (b"", b"\n", b"\r\n") or len(data) > limits.MAX_SECRET_BYTES, "a secret that is one is refused"
-            )
+            _require(not 1 <= len(stripped) <= limits.MAX_SECRET_BYTES, "a secret that is one is refused")
             return
-    stripped = data[:-2] if data.endswith(b"\r\n") else data[:-1] if data.endswith(b"\n") else data
+    text = stripped.decode("utf-8", "replace")
+    is_text = text.encode() == stripped and not text.isspace() and not text.startswith("\ufeff") and "\ufffd" not in text
+    is_right = is_text and not any(unicodedata.category(one) in ("Cc", "Zl", "Zp") for one in text)
+    _require((secret.complaint is None) == is_right, "complained of wrongly")
     with secret.view() as view:
-        _require(bytes(view) == stripped and len(stripped) >= 1, "not the secret that is in the file")
+        usual = unicodedata.normalize("NFC", text).encode() if is_right else stripped
+        _require(bytes(view) == usual, "not the secret that is in the file")
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def after(prologue: str | None, command: list[str]) -> list[str]:
 
 def program(name: str, change: str = "") -> list[str]:
     """How to run `client`, `admin` or `server`, installed or not; `change` is Python that it runs before it begins."""
-    return [sys.executable, "-c", f"{change}\nimport sys; from kms.cli.{name} import main; sys.exit(main())"]
+    return [sys.executable, "-c", f"{change}\nimport sys; from kms.cli.start import {name}; sys.exit({name}())"]
 
 
 def measured(

@@ -1,0 +1,42 @@
+"""Lines for people, broken between words where a terminal would break them anywhere."""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from typing import Final
+
+_NARROWEST: Final = 20
+_INDENT: Final = "  "
+
+
+def one_line(text: str) -> str:
+    """`text` with whatever is not printable escaped: it can neither add a line nor speak to the terminal."""
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
+
+
+def fitted(line: str, descriptor: int) -> str:
+    """`line` without its end, broken between words if `descriptor` is a terminal on which it is too long.
+
+    What follows is indented. A word that alone is too long, such as a path, stays whole: somebody may want to copy it.
+    """
+    width = _width(descriptor)
+    if width is None or len(line) < width:
+        return line
+    first_indent = line[: len(line) - len(line.lstrip())]
+    return textwrap.fill(
+        line,
+        width - 1,
+        subsequent_indent=first_indent + _INDENT,
+        break_long_words=False,
+        break_on_hyphens=False,
+        replace_whitespace=False,
+    )
+
+
+def _width(descriptor: int) -> int | None:
+    try:
+        width = os.get_terminal_size(descriptor).columns
+    except OSError:
+        return None
+    return width if width >= _NARROWEST else None
