@@ -74,6 +74,8 @@ def run(
         with contextlib.suppress(OSError):
             line = error_line(message) if error_line else f"{program}: error: {one_line(message)}\n"
             click.echo(fitted(line.rstrip("\n"), 2), err=True)
+        # Nor may a line that nobody can be told change the status.
+        abandon_output()
         return status
 
     # What is made here is for its owner alone, who can use it whatever the umask was: 0777 would take even that.

@@ -6,8 +6,10 @@ What is imported at the top is all that runs before there is a way to be interru
 from __future__ import annotations
 
 from kms.cli.signals import leave_on_signals
+from kms.host.occupied import occupy
 
 leave_on_signals()
+occupy()
 
 
 def client() -> int:

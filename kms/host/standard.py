@@ -1,9 +1,8 @@
 """Standard input, output and error, made what a command can rely on, whatever the process was started with.
 
-All three are there: where one was closed, the next file to be opened would take its number, and what is printed would be
-written into a keystore. In its place stands a descriptor that can be neither read nor written (O_PATH), so who uses it is
-told. And what is written is written whole: the interpreter's own stream takes a short write for done under
-PYTHONUNBUFFERED, and loses what a full pipe that does not block did not take.
+What is written is written whole: the interpreter's own stream takes a short write for done under PYTHONUNBUFFERED, and
+loses what a full pipe that does not block did not take. That all three descriptors are there is seen to before this is even
+loaded (`kms.host.occupied`).
 """
 
 from __future__ import annotations
@@ -12,24 +11,16 @@ import contextlib
 import io
 import os
 import sys
-from typing import TYPE_CHECKING, Final, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from kms.host.streams import write_all
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_STANDARD: Final = (0, 1, 2)
-
 
 def take() -> None:
-    """Do so for this process; once, before anything is opened."""
-    for number in _STANDARD:
-        try:
-            os.fstat(number)
-        except OSError:
-            # The lowest number that is free, so it is this one.
-            os.open("/", os.O_PATH)
+    """Do so for this process, once."""
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as the process lives
     sys.stdout = _text_stream(1)
