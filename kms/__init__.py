@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kms.errors import (
+    AlteredFileError,
     AuthFailedError,
     ConfigError,
     DecryptionFailedError,
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
     __version__: str
 
 __all__ = [
+    "AlteredFileError",
     "AsyncKmsClient",
     "AuthFailedError",
     "ConfigError",

@@ -78,6 +78,13 @@ class DecryptionFailedError(WireError):
         super().__init__("decryption failed")
 
 
+class AlteredFileError(DecryptionFailedError):
+    """A file does not open, though its data key did: with the right AAD, and its key version enabled.
+
+    Only who decrypts a file knows this. Its data key is under the same AAD, so that was right; what follows it was not.
+    """
+
+
 class FrameTooLargeError(WireError):
     """One line is longer than the frame limit. The server closes the connection after saying so."""
 

@@ -353,7 +353,7 @@ def test_init_touches_no_token_that_came_while_it_waited_for_the_passphrase(
     home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
-    real_obtain = setup.obtain_new_passphrase
+    real_obtain = prompt.obtain_new_passphrase
 
     def obtain(*arguments: Any, **keywords: Any) -> Secret:
         home.mkdir(mode=0o700)

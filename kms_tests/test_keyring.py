@@ -168,7 +168,7 @@ def test_disable_leaves_DISABLED_as_it_is() -> None:
 
 
 def test_disable_is_refused_when_the_version_is_ACTIVE() -> None:
-    assert _refused(_with_v1(ACTIVE), DisableVersion(G, 1)) == "version: it is ACTIVE; rotate the group first"
+    assert _refused(_with_v1(ACTIVE), DisableVersion(G, 1)) == "version: it is ACTIVE; rotate the key group first"
 
 
 def test_disable_is_refused_when_the_version_is_DESTROYED() -> None:
@@ -212,7 +212,7 @@ def test_destroy_leaves_DESTROYED_as_it_is() -> None:
 
 
 def test_destroy_is_refused_when_the_version_is_ACTIVE() -> None:
-    assert _refused(_with_v1(ACTIVE), DestroyVersion(G, 1)) == "version: it is ACTIVE; rotate the group first"
+    assert _refused(_with_v1(ACTIVE), DestroyVersion(G, 1)) == "version: it is ACTIVE; rotate the key group first"
 
 
 def test_destroy_leaves_a_tombstone_without_key_bytes() -> None:

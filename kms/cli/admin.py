@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import rich_click as click
 
-from kms.cli import auditing, render, retiring, setup
+from kms.cli import auditing, listing, render, retiring, setup
+from kms.cli.nearest import naming
 from kms.cli.options import (
     HELP,
     Program,
@@ -29,6 +31,7 @@ from kms.errors import EXIT_OK, UnauthorizedError
 from kms.host.hardening import forbid_dumps
 
 if TYPE_CHECKING:
+    from kms.client.blocking import KmsClient
     from kms.core.usage import TimedDisable
     from kms.wire.messages import KeyGroupView
 
@@ -61,25 +64,12 @@ def command(context: click.Context, /, **settings: Any) -> None:
     context.obj = Settings(**settings)
 
 
-@command.command("list-keys", epilog=examples("kms-admin list-keys | grep ACTIVE", "kms-admin list-keys --usage"))
-@click.option("--usage", is_flag=True, help="Also when each version was last used, by whom and for what.")
-@click.pass_obj
-def list_keys(settings: Settings, *, usage: bool) -> None:
-    """List the key groups and their versions."""
-    with connected(settings, ADMIN) as (client, _):
-        groups = list(client.iter_key_groups(usage=usage))
-    if settings.json:
-        render.document(keyGroups=groups)
-    else:
-        render.key_groups(groups, usage=usage)
-
-
 @command.command("describe-key", epilog=examples("kms-admin describe-key billing"))
 @key_argument
 @click.pass_obj
 def describe_key(settings: Settings, key: str) -> None:
     """Tell all that is known of one key group: its versions, how each is used, and who was refused a disabled one."""
-    with connected(settings, ADMIN) as (client, _):
+    with _connected_about(settings, key) as client:
         group = client.describe_key_group(key)
     if settings.json:
         render.document(keyGroup=group)
@@ -102,7 +92,7 @@ def create_key(settings: Settings, key: str) -> None:
 @click.pass_obj
 def rotate_key(settings: Settings, key: str) -> None:
     """Make a new active version; what older ones encrypted still opens."""
-    with connected(settings, ADMIN) as (client, _):
+    with _connected_about(settings, key) as client:
         group = client.rotate_key_group(key)
     _show_group(settings, group, "rotated")
 
@@ -129,7 +119,7 @@ def disable_version(settings: Settings, key: str, version: int, seconds: int | N
     """Forbid a version to decrypt, until it is enabled again."""
     if no_wait and seconds is None:
         raise click.UsageError("--no-wait goes with --for; without it the version would be disabled for good")
-    with reachable(settings, ADMIN) as (connect, _):
+    with reachable(settings, ADMIN) as (connect, _), naming(key, connect):
         with connect() as client:
             detail = client.disable_version(key, version, for_seconds=seconds)
         if seconds is None or no_wait:
@@ -162,7 +152,7 @@ def disable_version(settings: Settings, key: str, version: int, seconds: int | N
 @click.pass_obj
 def enable_version(settings: Settings, key: str, version: int) -> None:
     """Let a disabled version decrypt again."""
-    with connected(settings, ADMIN) as (client, _):
+    with _connected_about(settings, key) as client:
         detail = client.enable_version(key, version)
     render.detail(settings, detail)
 
@@ -174,12 +164,19 @@ def enable_version(settings: Settings, key: str, version: int) -> None:
 @click.pass_obj
 def destroy_version(settings: Settings, key: str, version: int, *, yes: bool) -> None:
     """Destroy a version's key for good: nothing it encrypted can ever be decrypted again."""
-    with reachable(settings, ADMIN) as (connect, _):
+    with reachable(settings, ADMIN) as (connect, _), naming(key, connect):
         if not yes:
             retiring.confirm_destruction(connect, key, version)
         with connect() as client:
             detail = client.destroy_version(key, version)
     render.detail(settings, detail)
+
+
+@contextlib.contextmanager
+def _connected_about(settings: Settings, key: str) -> Iterator[KmsClient]:
+    """A client for what is asked about one key group."""
+    with reachable(settings, ADMIN) as (connect, _), naming(key, connect), connect() as client:
+        yield client
 
 
 def _show_group(settings: Settings, group: KeyGroupView, done: str) -> None:
@@ -189,7 +186,14 @@ def _show_group(settings: Settings, group: KeyGroupView, done: str) -> None:
         render.text(f"{group.key_id} {done}; version {group.active_version} is active")
 
 
-for other in (setup.init, setup.new_token, setup.change_passphrase, auditing.explain, auditing.verify_audit):
+for other in (
+    listing.list_keys,
+    setup.init,
+    setup.new_token,
+    setup.change_passphrase,
+    auditing.explain,
+    auditing.verify_audit,
+):
     command.add_command(other)
 
 

@@ -31,7 +31,7 @@ def explain(settings: Settings, principal: str, operation: str, key: str, aad: s
     """Say which rule of the file of principals allows or refuses an operation; the exit code is 0 or 1.
 
     Needs no server: the file is read as it is, which a server does only at its start and on SIGHUP. ReEncrypt needs
-    Decrypt on the group it moves from, too.
+    Decrypt on the key group it moves from, too.
     """
     from kms.service.principals import load
 

@@ -11,7 +11,8 @@ from typing import Any, Final, cast
 
 import rich_click as click
 
-from kms.cli import render
+from kms.cli import render, screen
+from kms.cli.nearest import naming
 from kms.cli.options import (
     HELP,
     PATH,
@@ -100,7 +101,7 @@ def health(settings: Settings) -> None:
 @click.pass_obj
 def generate_data_key(settings: Settings, key: str | None, aad: bytes) -> None:
     """Make a data key: once in the clear, to encrypt with and forget, and once wrapped, to keep beside the data."""
-    with connected(settings, API) as (client, _):
+    with connected(settings, API) as (client, _), naming(key):
         data_key = client.generate_data_key(key, aad)
     if settings.json:
         render.document(plaintextDataKey=data_key.plaintext, wrappedDataKey=data_key.wrapped)
@@ -120,12 +121,15 @@ def generate_data_key(settings: Settings, key: str | None, aad: bytes) -> None:
 @_optional_out
 @_key
 @_aad
+@_force
 @click.pass_obj
-def encrypt(settings: Settings, source: str | None, text: str | None, target: str, key: str | None, aad: bytes) -> None:
+def encrypt(
+    settings: Settings, source: str | None, text: str | None, target: str, key: str | None, aad: bytes, *, force: bool
+) -> None:
     """Encrypt a small secret on the server: base64 on standard output, or raw bytes into a file."""
     if (source is None) == (text is None):
         raise ConfigError("give exactly one of --in and --text")
-    with connected(settings, API, source) as (client, token):
+    with connected(settings, API, source) as (client, token), naming(key):
         limit = _plaintext_limit(key, aad, settings.request_id, len(token))
         if source is not None:
             plaintext = read_bounded(stream_or_path(source), limit, "use encrypt-file")
@@ -134,9 +138,8 @@ def encrypt(settings: Settings, source: str | None, text: str | None, target: st
             if len(plaintext) > limit:
                 raise InputError("--text is too large for one request; use encrypt-file")
         ciphertext = client.encrypt(plaintext, key, aad)
-    path = stream_or_path(target)
-    if path is not None:
-        _write_file(settings, path, ciphertext)
+    if target != "-":
+        _write(settings, target, ciphertext, force=force)
     elif settings.json:
         render.document(ciphertext=ciphertext)
     else:
@@ -150,19 +153,17 @@ def encrypt(settings: Settings, source: str | None, text: str | None, target: st
 @_optional_out
 @_from_key
 @_aad
+@_force
 @click.pass_obj
-def decrypt(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes) -> None:
+def decrypt(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes, *, force: bool) -> None:
     """Decrypt what encrypt made, raw or as base64 text; writes the plaintext as it was, byte for byte."""
     with connected(settings, API, source) as (client, _):
         content = read_bounded(stream_or_path(source), MAX_FRAME_BYTES, "use decrypt-file for a file of encrypt-file")
         plaintext = client.decrypt(_ciphertext(content), aad, source_key_id=from_key)
-    path = stream_or_path(target)
-    if path is not None:
-        _write_file(settings, path, plaintext)
-    elif settings.json:
+    if settings.json and target == "-":
         render.document(plaintext=plaintext)
     else:
-        click.echo(plaintext, nl=False)
+        _write(settings, target, plaintext, force=force)
 
 
 @command.command("encrypt-file", epilog=examples("tar c docs | kms-client encrypt-file --in - --out docs.tar.mke"))
@@ -170,15 +171,21 @@ def decrypt(settings: Settings, source: str, target: str, from_key: str | None, 
 @_out
 @_key
 @_aad
+@_force
 @click.pass_obj
-def encrypt_file(settings: Settings, source: str, target: str, key: str | None, aad: bytes) -> None:
+def encrypt_file(settings: Settings, source: str, target: str, key: str | None, aad: bytes, *, force: bool) -> None:
     """Encrypt a file of any size under a data key of its own, in constant memory."""
-    origin, destination = _streams(settings, source, target)
-    with connected(settings, API, source) as (client, _), render.progress(origin, destination) as progress:
+    origin = _origin(settings, source, target)
+    with (
+        connected(settings, API, source) as (client, _),
+        naming(key),
+        screen.target(target, force=force) as destination,
+        render.progress(origin, screen.path_of(destination)) as progress,
+    ):
         from kms.client import files
 
         files.encrypt_file(client, origin, destination, key_id=key, aad=aad, progress=progress)
-    _say_written(settings, destination)
+    _say_written(settings, target)
 
 
 @command.command("decrypt-file", epilog=examples("kms-client decrypt-file --in docs.tar.mke --out - | tar x"))
@@ -186,15 +193,20 @@ def encrypt_file(settings: Settings, source: str, target: str, key: str | None, 
 @_out
 @_from_key
 @_aad
+@_force
 @click.pass_obj
-def decrypt_file(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes) -> None:
+def decrypt_file(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes, *, force: bool) -> None:
     """Decrypt a file of encrypt-file; the output appears only when all of it has proved authentic."""
-    origin, destination = _streams(settings, source, target)
-    with connected(settings, API, source) as (client, _), render.progress(origin, destination) as progress:
+    origin = _origin(settings, source, target)
+    with (
+        connected(settings, API, source) as (client, _),
+        screen.target(target, force=force) as destination,
+        render.progress(origin, screen.path_of(destination)) as progress,
+    ):
         from kms.client import files
 
         files.decrypt_file(client, origin, destination, source_key_id=from_key, aad=aad, progress=progress)
-    _say_written(settings, destination)
+    _say_written(settings, target)
 
 
 @command.command(epilog=examples("kms-client reencrypt --in docs.tar.mke --out docs.tar.mke --key billing"))
@@ -203,18 +215,26 @@ def decrypt_file(settings: Settings, source: str, target: str, from_key: str | N
 @key_option("Key group to move to, under its active version.", required=True)
 @_from_key
 @_aad
+@_force
 @click.pass_obj
-def reencrypt(settings: Settings, source: str, target: str, key: str, from_key: str | None, aad: bytes) -> None:
+def reencrypt(
+    settings: Settings, source: str, target: str, key: str, from_key: str | None, aad: bytes, *, force: bool
+) -> None:
     """Move a file or ciphertext to another key, or to a rotated one's new version, without seeing the plaintext.
 
-    The input says itself which group it is under. Where others can write it, give --from-key.
+    The input says itself which key group it is under. Where others can write it, give --from-key.
     """
-    origin, destination = _streams(settings, source, target)
-    with connected(settings, API, source) as (client, _), render.progress(origin, destination) as progress:
+    origin = _origin(settings, source, target)
+    with (
+        connected(settings, API, source) as (client, _),
+        naming(key),
+        screen.target(target, force=force) as destination,
+        render.progress(origin, screen.path_of(destination)) as progress,
+    ):
         from kms.client import files
 
         files.reencrypt_file(client, origin, destination, key_id=key, source_key_id=from_key, aad=aad, progress=progress)
-    _say_written(settings, destination)
+    _say_written(settings, target)
 
 
 def _context(text: str | None, file: str | None, source: str | None) -> bytes:
@@ -226,20 +246,21 @@ def _context(text: str | None, file: str | None, source: str | None) -> bytes:
     return read_bounded(stream_or_path(file), MAX_FRAME_BYTES // 2, "an encryption context names what it belongs to")
 
 
-def _streams(settings: Settings, source: str, target: str) -> tuple[Path | None, Path | None]:
+def _origin(settings: Settings, source: str, target: str) -> Path | None:
     if settings.json and target == "-":
         raise ConfigError("--json and --out - both want standard output; name a file with --out")
-    return stream_or_path(source), stream_or_path(target)
+    return stream_or_path(source)
 
 
-def _write_file(settings: Settings, path: Path, data: bytes) -> None:
-    write_whole(path, data)
-    _say_written(settings, path)
+def _write(settings: Settings, target: str, data: bytes, *, force: bool) -> None:
+    with screen.target(target, force=force) as destination:
+        write_whole(destination, data)
+    _say_written(settings, target)
 
 
-def _say_written(settings: Settings, path: Path | None) -> None:
+def _say_written(settings: Settings, target: str) -> None:
     if settings.json:
-        render.document(out=path)
+        render.document(out=Path(target))
 
 
 def _plaintext_limit(key: str | None, aad: bytes, request_id: str | None, token_bytes: int) -> int:

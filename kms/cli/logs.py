@@ -26,7 +26,8 @@ class HumanFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         if record.name != self._program:
-            return super().format(record)
+            # A traceback has several lines; what is in them has not.
+            return "\n".join(map(one_line, super().format(record).split("\n")))
         error = "error: " if record.levelno >= logging.ERROR else ""
         return f"{self._program}: {error}{one_line(record.getMessage())}"
 

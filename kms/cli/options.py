@@ -320,8 +320,11 @@ def read_bounded(path: Path | None, limit: int, remedy: str) -> bytes:
     return bytes(buffer[:length])
 
 
-def write_whole(path: Path, data: bytes) -> None:
-    """`data` durably at `path`, through symbolic links; or, where it names what is open, a pipe or a device, into that."""
+def write_whole(target: Any, data: bytes) -> None:
+    """`data` durably at a path, through symbolic links; or, where it names what is open, a pipe or a device, into that.
+
+    `target` may also be None for standard output, or what `kms.cli.screen` makes of a terminal.
+    """
     from kms.client.files import write_output
 
-    write_output(path, data)
+    write_output(target, data)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,16 +16,15 @@ from typing import TYPE_CHECKING, Any, Final
 import rich_click as click
 
 from kms.cli.words import fitted, one_line
+from kms.core.names import without_surrogates
 
 if TYPE_CHECKING:
     from kms.cli.options import Settings
     from kms.core.usage import TimedDisable, VersionUsage
     from kms.wire.messages import KeyGroupView
 
-_SORTABLE: Final = "%Y-%m-%dT%H:%M:%SZ"
 _READABLE: Final = "%Y-%m-%d %H:%M:%S UTC"
 _UNITS: Final = ((24 * 3600, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
-_STATE_STYLES: Final = {"ACTIVE": "bold green", "ENABLED": "cyan", "DISABLED": "yellow", "DESTROYED": "dim red"}
 
 
 def document(**fields: Any) -> None:
@@ -36,9 +34,19 @@ def document(**fields: Any) -> None:
     """
     import msgspec
 
-    shown = {name: one_line(str(value)) if isinstance(value, Path) else value for name, value in fields.items()}
-    encoded = msgspec.json.encode(shown).decode()
+    encoded = msgspec.json.encode(_encodable(fields)).decode()
     click.echo(encoded if encoded.isprintable() else "".join(map(_json_escaped, encoded)))
+
+
+def _encodable(value: Any) -> Any:
+    """`value`, where the names of files in it may not be UTF-8: then they are escaped, as they are for people."""
+    if isinstance(value, dict):
+        return {name: _encodable(one) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_encodable(one) for one in value]
+    if isinstance(value, (str, Path)):
+        return without_surrogates(str(value))
+    return value
 
 
 def _json_escaped(character: str) -> str:
@@ -72,35 +80,6 @@ def octets(line: memoryview) -> None:
     sys.stdout.buffer.flush()
 
 
-def key_groups(groups: list[KeyGroupView], *, usage: bool = False) -> None:
-    """The versions of `groups`: a table at a terminal; else `group, version, state, created`, tab-separated.
-
-    With `usage` also `counted since, last used, by, operations`, which are empty where nothing is known.
-    """
-    if _is_terminal(sys.stdout):
-        _table(groups, usage=usage)
-        return
-    for group in groups:
-        for version in group.versions:
-            created = _moment(version.created_at_epoch_sec, _SORTABLE)
-            fields = [group.key_id, f"v{version.version}", version.status, created]
-            if usage:
-                fields += _usage_fields(version.usage)
-            click.echo("\t".join(map(one_line, fields)))
-
-
-def _usage_fields(usage: VersionUsage | None) -> list[str]:
-    if usage is None:
-        return [""] * 4
-    used = usage.last_used_epoch_sec
-    return [
-        _moment(usage.since_epoch_sec, _SORTABLE),
-        "" if used is None else _moment(used, _SORTABLE),
-        usage.last_used_by or "",
-        " ".join(f"{kind}={count}" for kind, count in _counts(usage).items()),
-    ]
-
-
 def key_group(group: KeyGroupView, now: float) -> None:
     """All that is known of one group; `now` is in epoch seconds."""
     text(f"{group.key_id}: version {group.active_version} is active")
@@ -110,7 +89,8 @@ def key_group(group: KeyGroupView, now: float) -> None:
         text(f"    created    {moment(version.created_at_epoch_sec, now)}")
         if version.usage is not None:
             text(f"    used       {used(version.usage)}")
-            text(f"    last used  {last_used(version.usage, now)}")
+            if version.usage.last_used_epoch_sec is not None:
+                text(f"    last used  {last_used(version.usage, now)}")
             if version.usage.timed_disable is not None:
                 for line in timed_disable(version.usage.timed_disable, now):
                     text(f"    {line}")
@@ -118,15 +98,20 @@ def key_group(group: KeyGroupView, now: float) -> None:
 
 def used(usage: VersionUsage) -> str:
     """How often, by kind, and counted since when."""
-    counts = ", ".join(f"{count} {kind}" for kind, count in _counts(usage).items())
-    return f"{counts or 'never'} since {_moment(usage.since_epoch_sec, _READABLE)}"
+    uses = ", ".join(f"{count} {kind}" for kind, count in counts(usage).items())
+    return f"{uses} since {exact(usage.since_epoch_sec, _READABLE)}" if uses else _unused(usage)
 
 
 def last_used(usage: VersionUsage, now: float) -> str:
     """When, and by whom."""
     if usage.last_used_epoch_sec is None:
-        return f"never since {moment(usage.since_epoch_sec, now)}"
+        return _unused(usage)
     return f"{moment(usage.last_used_epoch_sec, now)} by {usage.last_used_by}"
+
+
+def _unused(usage: VersionUsage) -> str:
+    # Of what was before nobody knows.
+    return f"never (counted since {exact(usage.since_epoch_sec, _READABLE)})"
 
 
 def timed_disable(trial: TimedDisable, now: float) -> list[str]:
@@ -151,10 +136,11 @@ def refusals(trial: TimedDisable, now: float) -> list[str]:
 
 def moment(seconds: int, now: float) -> str:
     """A time as people think of it, and exactly: `3 hours ago (2026-11-25 04:00:00 UTC)`."""
-    return f"{_distance(seconds - now)} ({_moment(seconds, _READABLE)})"
+    return f"{distance(seconds - now)} ({exact(seconds, _READABLE)})"
 
 
-def _distance(seconds: float) -> str:
+def distance(seconds: float) -> str:
+    """How far off a time is: `3 hours ago`, `in 2 days`."""
     whole = int(abs(seconds))
     size, unit = next(((size, unit) for size, unit in _UNITS if whole >= size), (1, "second"))
     count = whole // size
@@ -164,57 +150,16 @@ def _distance(seconds: float) -> str:
     return f"in {length}" if seconds > 0 else f"{length} ago"
 
 
-def _counts(usage: VersionUsage) -> dict[str, int]:
+def counts(usage: VersionUsage) -> dict[str, int]:
+    """How often a version was used, by operation, without those that it was not used for."""
     import msgspec
 
-    counts: dict[str, int] = msgspec.to_builtins(usage.operations)
-    return counts
+    found: dict[str, int] = msgspec.to_builtins(usage.operations)
+    return found
 
 
-def _table(groups: list[KeyGroupView], *, usage: bool) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("group", box=SIMPLE_HEAD)
-    table.add_column("version", justify="right")
-    table.add_column("state")
-    if usage:
-        table.add_column("last used")
-        table.add_column("by")
-        table.add_column("operations")
-    else:
-        table.add_column("created (UTC)")
-    now = time.time()
-    for group in groups:
-        name = one_line(group.key_id)
-        for version in group.versions:
-            # Text, not str: a name is not markup.
-            table.add_row(
-                Text(name),
-                f"v{version.version}",
-                Text(one_line(version.status), _STATE_STYLES.get(version.status, "")),
-                *(
-                    map(Text, _usage_cells(version.usage, now))
-                    if usage
-                    else [_moment(version.created_at_epoch_sec, "%Y-%m-%d %H:%M:%S")]
-                ),
-            )
-            name = ""
-    Console().print(table)
-
-
-def _usage_cells(usage: VersionUsage | None, now: float) -> list[str]:
-    if usage is None:
-        return ["not known", "", ""]
-    if usage.last_used_epoch_sec is None:
-        return [f"never since {_moment(usage.since_epoch_sec, '%Y-%m-%d')}", "", ""]
-    counts = ", ".join(f"{count} {kind}" for kind, count in _counts(usage).items())
-    return [_distance(usage.last_used_epoch_sec - now), one_line(usage.last_used_by or ""), counts]
-
-
-def _moment(seconds: int, form: str) -> str:
+def exact(seconds: int, form: str) -> str:
+    """A time of UTC as strftime(3) has it, or `@` and the number for one that no calendar has."""
     try:
         return datetime.fromtimestamp(seconds, UTC).strftime(form)
     except (ValueError, OverflowError, OSError):
@@ -228,14 +173,14 @@ def progress(source: Path | None, target: Path | None) -> Iterator[Callable[[int
 
     None, and no bar, unless standard error is a terminal that the output itself is not written to.
     """
-    if not _is_terminal(sys.stderr) or (target is None and _is_terminal(sys.stdout)):
+    if not is_terminal(sys.stderr) or (target is None and is_terminal(sys.stdout)):
         yield None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     bar = Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
@@ -247,9 +192,10 @@ def progress(source: Path | None, target: Path | None) -> Iterator[Callable[[int
     )
     total = source.stat().st_size if source is not None and source.is_file() else None
     with bar:
-        task = bar.add_task(source.name.replace("[", r"\[") if source is not None else "standard input", total=total)
+        task = bar.add_task(one_line(source.name) if source is not None else "standard input", total=total)
         yield lambda read: bar.advance(task, read)
 
 
-def _is_terminal(stream: Any) -> bool:
+def is_terminal(stream: Any) -> bool:
+    """Whether `stream`, which may be None, is one that a person looks at."""
     return stream is not None and bool(stream.isatty())

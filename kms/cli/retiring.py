@@ -64,7 +64,7 @@ def confirm_destruction(connect: Connect, key: str, version: int) -> None:
     if is_quiet:
         prompt.confirm(f"{question}\n{one_line(told)}", remedy)
     else:
-        prompt.confirm_by_name(f"{question}\n{one_line(told)}", key, one_line(f"the name of the group, {key},"), remedy)
+        prompt.confirm_by_name(f"{question}\n{one_line(told)}", key, one_line(f"the name of the key group, {key},"), remedy)
 
 
 def _told(client: KmsClient, key: str, version: int) -> tuple[str, bool]:
@@ -79,7 +79,7 @@ def _told(client: KmsClient, key: str, version: int) -> tuple[str, bool]:
         return "Whether it is still used, the server is too old to know.", False
     if status == "ACTIVE":
         # Not left to the server: it could be rotated meanwhile, and then nobody would have been asked.
-        raise InvalidRequestError("version: it is ACTIVE; rotate the group first")
+        raise InvalidRequestError("version: it is ACTIVE; rotate the key group first")
     now = time.time()
     if usage.last_used_epoch_sec is None:
         told, quiet_since = f"Last used: {render.last_used(usage, now)}.", usage.since_epoch_sec

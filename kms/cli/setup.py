@@ -56,7 +56,7 @@ def init(
     keystore_only: bool,
     allow_weak: bool,
 ) -> None:
-    """Make the data directory, two fresh tokens and a keystore with the group `default`.
+    """Make the data directory, two fresh tokens and a keystore with the key group `default`.
 
     Needs no server. If any of them is there already, or anything that an earlier keystore has left, nothing is touched.
     The passphrase has 8 characters at least; how long a weak one withstands is told.

@@ -26,7 +26,15 @@ from kms.client.protocol import BytesLike, DataKey, octets
 from kms.core import ciphertext, container
 from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
 from kms.core.secret import Secret
-from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError, ReaderGoneError
+from kms.errors import (
+    AlteredFileError,
+    DecryptionFailedError,
+    FileAccessError,
+    InputError,
+    InputMissingError,
+    ProtocolError,
+    ReaderGoneError,
+)
 from kms.host import streams
 from kms.host.durable import RenameError
 from kms.host.output import OutputFile, open_stream
@@ -39,7 +47,7 @@ Target = Path | BinaryIO | None
 PathOrStream = str | os.PathLike[str] | BinaryIO | None
 """How a caller of the library names either."""
 Progress = Callable[[int], None]
-"""Called after each chunk with the number of bytes read from the source since the last call."""
+"""Called after each chunk with the number of bytes that are done since the last call; in the end all of the source."""
 
 _MAX_CIPHERTEXT_BYTES: Final = MAX_FRAME_BYTES // 4 * 3
 """What still fits a request as base64."""
@@ -132,10 +140,11 @@ def decrypt_file(
     with _resolved(target) as target, _opened_source(source, progress) as reader:
         wrapped_key = _read_wrapped_key(reader)
         with _opened_target(target) as writer, _data_key(client, wrapped_key, aad, source_key_id) as key:
-            if isinstance(target, Path):
-                _decrypt_body(reader, key, aad, writer.write)
-            else:
-                _decrypt_body_verified_first(reader, key, aad, writer.write)
+            decrypt = _decrypt_body if isinstance(target, Path) else _decrypt_body_verified_first
+            try:
+                decrypt(reader, key, aad, writer.write)
+            except DecryptionFailedError:
+                raise AlteredFileError from None
             writer.commit()
 
 
@@ -206,14 +215,14 @@ class _Reader:
     def __init__(self, stream: BinaryIO, name: str, progress: Progress | None = None) -> None:
         self._stream = stream
         self.name = name
-        self._progress = progress
+        self.progress = progress
 
     def fill(self, buffer: memoryview) -> int:
         """Fill `buffer` from its start; returns how many bytes, fewer than its length only at the end."""
         with _translated(f"cannot read {self.name}"):
             length = streams.fill(self._stream, buffer)
-        if self._progress is not None and length:
-            self._progress(length)
+        if self.progress is not None and length:
+            self.progress(length)
         return length
 
     def take(self, most: int) -> bytes:
@@ -344,10 +353,25 @@ def _decrypt_body_verified_first(reader: _Reader, key: Secret, aad: bytes, write
         spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed below; only its making is translated)
     with spool:
         name = f"a temporary file in {tempfile.gettempdir()} (TMPDIR names another place)"
+        reader.progress = _shared(reader.progress, 3)
         _copy(reader, _StreamWriter(spool, name).write)
         for output in (_discard, write):
             spool.seek(0)
-            _decrypt_body(_Reader(spool, name), key, aad, output)
+            _decrypt_body(_Reader(spool, name, reader.progress), key, aad, output)
+
+
+def _shared(progress: Progress | None, times: int) -> Progress | None:
+    """What reports each byte once that is read so many times: only at the end of the last all of them."""
+    if progress is None:
+        return None
+    rest = 0
+
+    def report(length: int) -> None:
+        nonlocal rest
+        whole, rest = divmod(rest + length, times)
+        progress(whole)
+
+    return report
 
 
 def _discard(piece: memoryview) -> None:

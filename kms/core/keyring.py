@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from kms.core import ciphertext
 from kms.core.envelope import EnvelopeKey
-from kms.core.names import check_new_name
+from kms.core.names import NO_SUCH_GROUP, check_new_name
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
 
@@ -176,7 +176,7 @@ def transition(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> K
 def _find(keyring: Keyring, name: str) -> KeyGroup:
     group = keyring.groups.get(name)
     if group is None:
-        raise InvalidRequestError("keyId: no such key group")
+        raise InvalidRequestError(NO_SUCH_GROUP)
     return group
 
 
@@ -212,7 +212,7 @@ def _with_status(group: KeyGroup, number: int, status: VersionStatus) -> KeyGrou
     if version.status is VersionStatus.ACTIVE:
         if status is VersionStatus.ENABLED:
             return group
-        raise InvalidRequestError("version: it is ACTIVE; rotate the group first")
+        raise InvalidRequestError("version: it is ACTIVE; rotate the key group first")
     if version.status is status:
         return group
     if version.status is VersionStatus.DESTROYED:

@@ -17,6 +17,10 @@ def check_new_name(name: str) -> None:
         raise InvalidRequestError("keyId: a name has 1 to 64 of A-Z a-z 0-9 . _ - and begins with a letter or digit")
 
 
+NO_SUCH_GROUP: Final = "keyId: no such key group"
+"""The refusal of a request that names one that there is not. It does not repeat the name: none holds what was sent."""
+
+
 def is_blank(name: str) -> bool:
     """Whether `name` is none: empty, or ASCII's blanks alone.
 

@@ -235,9 +235,10 @@ def _key_of_re_encrypt(request: ReEncrypt, reply: CiphertextReply | None) -> _Ke
 
 def _claimed(blob: bytes) -> tuple[str | None, int | None]:
     try:
-        return ciphertext.kek_id(blob)
+        group, version = ciphertext.kek_id(blob)
     except DecryptionFailedError:
         return None, None
+    return shown(group), version
 
 
 def _key_of_group(request: GroupRequest, reply: KeyGroupReply | None) -> _Key:

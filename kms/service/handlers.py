@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from kms.core import ciphertext
-from kms.core.names import is_blank
+from kms.core.names import NO_SUCH_GROUP, is_blank
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
@@ -134,7 +134,7 @@ class Handlers:
     async def describe_key_group(self, request: messages.DescribeKeyGroup, caller: Caller) -> Description:
         group = self._keyring.find_group(_named(request.key_id))
         if group is None:
-            raise InvalidRequestError("keyId: no such key group")
+            raise InvalidRequestError(NO_SUCH_GROUP)
         return Description(group, request.request_id, self._usage)
 
     async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:

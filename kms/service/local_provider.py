@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from kms.core.ciphertext import Ciphertext
 from kms.core.envelope import EnvelopeKey
+from kms.core.names import NO_SUCH_GROUP
 from kms.core.provider import KeyringHolder
 from kms.errors import DecryptionFailedError, InvalidRequestError
 from kms.host.entropy import random_key
@@ -21,7 +22,7 @@ class LocalMasterKeyProvider:
         """A client ciphertext under the group's ACTIVE version; raises `InvalidRequestError` for an unknown group."""
         found = self._holder.current.groups.get(group)
         if found is None or found.active.key is None:
-            raise InvalidRequestError("keyId: no such key group")
+            raise InvalidRequestError(NO_SUCH_GROUP)
         if not found.active.ciphertext_header[1]:
             raise InvalidRequestError("keyId: no ciphertext can hold a name of more than 255 bytes; use another key group")
         return found.active.key.seal(plaintext, aad, found.active.ciphertext_header)
