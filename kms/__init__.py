@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from kms.client.blocking import KmsClient
     from kms.client.protocol import DataKey
     from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
-    from kms.wire.messages import KeyGroupView, VersionState, VersionView
+    from kms.wire.messages import KeyGroupView, RuleView, ServerView, StatusView, VersionState, VersionView
 
     __version__: str
 
@@ -66,7 +66,10 @@ __all__ = [
     "ProtocolError",
     "ReaderGoneError",
     "Refusals",
+    "RuleView",
     "ServerUnreachableError",
+    "ServerView",
+    "StatusView",
     "ThrottledError",
     "TimedDisable",
     "UnauthorizedError",
@@ -80,6 +83,9 @@ __all__ = [
 ]
 
 _LAZY = {
+    "StatusView": "kms.wire.messages",
+    "ServerView": "kms.wire.messages",
+    "RuleView": "kms.wire.messages",
     "AsyncKmsClient": "kms.client.async_",
     "DataKey": "kms.client.protocol",
     "KeyGroupView": "kms.wire.messages",

@@ -171,7 +171,7 @@ def text(data: bytes) -> str:
     return b64encode(data).decode()
 
 
-class Only:
+class Only(AllowAll):
     """Allows just what it is told."""
 
     def __init__(self, *allowed: tuple[Operation, str | None]) -> None:

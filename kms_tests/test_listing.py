@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from kms.core.keyring import CreateGroup, KeyGroup, Keyring, RotateGroup, apply
-from kms.core.policy import Operation, Principal
+from kms.core.policy import AllowAll, Operation, Principal
 from kms.errors import UnavailableError
 from kms.limits import LIST_PAGE_BYTES, READ_BYTES
 from kms.server.connection import ConnectionBounds
@@ -38,7 +38,7 @@ def autojump_clock() -> MockClock:
     return MockClock(autojump_threshold=0)
 
 
-class Sees:
+class Sees(AllowAll):
     """Allows to list the groups of these names, and to describe those."""
 
     def __init__(self, listed: Sequence[str], described: Sequence[str] = ()) -> None:
@@ -229,7 +229,7 @@ def counting(server: Server, monkeypatch: pytest.MonkeyPatch, number: int) -> li
     monkeypatch.setattr(server.manager, "list_groups", lambda: groups)
     asked: list[int] = []
 
-    class Counting:
+    class Counting(AllowAll):
         def allows(self, principal: Principal, operation: Operation, group: str | None, aad: bytes) -> bool:
             asked.append(1)
             return True

@@ -8,7 +8,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms.core.policy import AllowAll, GrantPolicy, Grants, KeyAuthorizationPolicy, Operation, Plane, Principal, Rule
+from kms.core.policy import (
+    OF_SERVER,
+    AllowAll,
+    GrantPolicy,
+    Grants,
+    KeyAuthorizationPolicy,
+    Operation,
+    Plane,
+    Principal,
+    Rule,
+)
 from kms.limits import MAX_DECISIONS_KEPT, MAX_GROUP_NAME_BYTES
 
 
@@ -32,6 +42,8 @@ def test_the_operations_are_the_ones_of_the_wire() -> None:
         "DescribeKeyGroup",
         "DisableVersion",
         "EnableVersion",
+        "Status",
+        "Reload",
         "DestroyVersion",
     }
 
@@ -91,8 +103,22 @@ def test_what_nothing_grants_is_refused() -> None:
 @pytest.mark.parametrize("granted", GRANTABLE)
 def test_no_grant_implies_another(granted: Operation) -> None:
     grants = Grants([rule("allow[0]", "billing", granted)])
-    assert [operation for operation in GRANTABLE if grants.allows(operation, "billing", b"")] == [granted]
+    on_billing = [operation for operation in GRANTABLE if grants.allows(operation, "billing", b"")]
+    assert on_billing == ([] if granted in OF_SERVER else [granted])
     assert grants.allows(Operation.LIST_KEY_GROUPS, None, b"") == (granted is Operation.LIST_KEY_GROUPS)
+
+
+@pytest.mark.parametrize("operation", sorted(OF_SERVER))
+def test_what_is_about_the_server_is_granted_with_every_key_group_alone(operation: Operation) -> None:
+    def allows(*globs: str, deny: tuple[Rule, ...] = ()) -> bool:
+        return Grants([Rule("allow[0]", globs, frozenset(Operation))], deny).allows(operation, None, b"")
+
+    assert allows("*")
+    assert allows("billing", "*")
+    assert not allows("billing", "**", "?*")
+    assert allows("*", deny=(rule("deny[0]", "billing"),))
+    assert not allows("*", deny=(rule("deny[0]", "*", operation),))
+    assert not Grants([Rule("allow[0]", ("*",), frozenset({operation}), b"x")]).allows(operation, None, b"")
 
 
 def test_deny_wins_over_every_allow() -> None:
@@ -200,7 +226,11 @@ def naive(allow: list[Rule], deny: list[Rule], operation: Operation, group: str,
     """The rules as the file's documentation has them, in as many words."""
 
     def covers(rule: Rule) -> bool:
-        return operation in rule.operations and any(fnmatch.fnmatchcase(group, glob) for glob in rule.groups)
+        if operation not in rule.operations:
+            return False
+        if operation in OF_SERVER:
+            return "*" in rule.groups
+        return any(fnmatch.fnmatchcase(group, glob) for glob in rule.groups)
 
     return not any(covers(one) for one in deny) and any(covers(one) and aad.startswith(one.aad_prefix) for one in allow)
 

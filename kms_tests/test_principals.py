@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms import limits
-from kms.core.policy import Operation
+from kms.core.policy import OF_SERVER, Operation
 from kms.errors import ConfigError, InputMissingError, SecretFileError
 from kms.service.principals import Principals, load, parse
 
@@ -99,7 +99,9 @@ def test_an_expiry_counts_from_its_own_offset() -> None:
 
 def test_a_star_is_every_operation_of_both_planes() -> None:
     grants = read('[[principals.a.allow]]\ngroups = ["x"]\noperations = ["*"]\n').members["a"].grants
-    assert all(grants.allows(one, "x", b"") for one in Operation if one is not Operation.HEALTH)
+    assert all(grants.allows(one, "x", b"") for one in Operation if one not in {Operation.HEALTH, *OF_SERVER})
+    everywhere = read('[[principals.a.allow]]\ngroups = ["*"]\noperations = ["*"]\n').members["a"].grants
+    assert all(everywhere.allows(one, None, b"") for one in OF_SERVER)
 
 
 @pytest.mark.parametrize(

@@ -269,7 +269,7 @@ async def test_both_halves_of_a_ReEncrypt_ask_for_their_AAD(team: Team, half: st
         groups = ["default"]
         operations = ["{whole}"]
     """)
-    await team.reload()
+    await team.reload.on_hangup()
     for aad, outcome in ((b"invoice/7", "ok"), (b"payroll/7", "Unauthorized"), (b"", "Unauthorized")):
         sealed = team.call("Encrypt", API, plaintext="", aad=text(aad))["ciphertext"]
         assert team.outcome("ReEncrypt", "t", ciphertext=sealed, aad=text(aad)) == outcome
@@ -310,10 +310,10 @@ async def test_a_good_file_is_in_force_from_the_next_request_on(team: Team, capl
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
     team.write(FILE.replace('"Encrypt", "Decrypt", "RotateKeyGroup"', '"Decrypt"'))
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok", "not before it is told to look"
-    await team.reload()
+    await team.reload.on_hangup()
     assert team.outcome("Encrypt", "old token", plaintext="") == "Unauthorized", "nothing that was kept outlives the file"
     team.write(FILE.replace(digest("old token"), digest("newest token")))
-    await team.reload()
+    await team.reload.on_hangup()
     assert team.outcome("Encrypt", "old token", plaintext="") == "AuthFailed"
     assert team.outcome("Encrypt", "newest token", plaintext="") == "ok"
     assert team.outcome("Health", "new token") == "ok"
@@ -338,7 +338,7 @@ async def test_a_bad_file_changes_nothing_and_is_one_line_in_the_log(
 ) -> None:
     caplog.set_level("INFO", "kms.server.reload")
     spoil(team.path)
-    await team.reload()
+    await team.reload.on_hangup()
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
     assert team.outcome("Encrypt", "old token", plaintext="", keyId="archive") == "Unauthorized"
     (record,) = caplog.records
@@ -352,10 +352,10 @@ async def test_a_file_that_comes_to_be_at_the_default_place_is_taken_up(data: Pa
     directory.mkdir(mode=0o700)
     team = Team(directory, None)
     assert team.outcome("Encrypt", "old token", plaintext="") == "AuthFailed"
-    await team.reload()
+    await team.reload.on_hangup()
     assert team.outcome("Encrypt", API, plaintext="") == "ok"
     team.write("[shared]\napi_token = false\n" + FILE)
-    await team.reload()
+    await team.reload.on_hangup()
     assert team.outcome("Encrypt", API, plaintext="") == "AuthFailed"
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
 
@@ -364,7 +364,7 @@ async def test_what_the_server_asks_of_itself_goes_on_record_too_once_there_is_a
     schedule = team.service.schedule
     authenticator, policy = schedule.authenticator, schedule.policy
     team.service.keeper.trail = trail = AuditTrail(Log(), DataAudit.ALL)
-    await team.reload()
+    await team.reload.on_hangup()
     assert (team.pipeline.trail, schedule.trail) == (trail, trail)
     assert (schedule.authenticator, schedule.policy) == (authenticator, policy), "no file decides about it"
 
@@ -376,7 +376,7 @@ async def test_a_bug_in_reading_the_file_costs_the_reload_and_not_the_server(
         raise RuntimeError("canary")
 
     monkeypatch.setattr("kms.service.team.load", broken)
-    await team.reload()
+    await team.reload.on_hangup()
     assert team.outcome("Encrypt", "old token", plaintext="") == "ok"
     assert "RuntimeError" in caplog.text
 

@@ -282,7 +282,7 @@ async def test_who_may_not_any_more_neither_begins_nor_moves_it(world: World, au
     assert (await world.disable_for(3600))["errorCode"] == "Unauthorized"
     assert world.usage.running[NAME].until_epoch_sec == START + 60
 
-    class Revoked:
+    class Revoked(AllowAll):
         """Allows it when it is asked for, and no more when it is taken up."""
 
         def __init__(self) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import rich_click as click
 
-from kms.cli import auditing, listing, render, retiring, setup
+from kms.cli import auditing, listing, operating, render, retiring, setup
 from kms.cli.nearest import naming
 from kms.cli.options import (
     HELP,
@@ -193,6 +193,8 @@ for other in (
     setup.change_passphrase,
     auditing.explain,
     auditing.verify_audit,
+    operating.status,
+    operating.reload,
 ):
     command.add_command(other)
 

@@ -142,12 +142,16 @@ def moment(seconds: int, now: float) -> str:
 def distance(seconds: float) -> str:
     """How far off a time is: `3 hours ago`, `in 2 days`."""
     whole = int(abs(seconds))
-    size, unit = next(((size, unit) for size, unit in _UNITS if whole >= size), (1, "second"))
-    count = whole // size
-    if not count:
+    if not whole:
         return "now"
-    length = f"{count} {unit}" if count == 1 else f"{count} {unit}s"
-    return f"in {length}" if seconds > 0 else f"{length} ago"
+    return f"in {length(whole)}" if seconds > 0 else f"{length(whole)} ago"
+
+
+def length(seconds: int) -> str:
+    """A span of time as people say it: `3 hours`."""
+    size, unit = next(((size, unit) for size, unit in _UNITS if seconds >= size), (1, "second"))
+    count = seconds // size
+    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
 
 
 def counts(usage: VersionUsage) -> dict[str, int]:

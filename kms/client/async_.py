@@ -27,7 +27,7 @@ from kms.limits import (
     REPLY_TIMEOUT,
     THROTTLE_PATIENCE,
 )
-from kms.wire.messages import KeyGroupView
+from kms.wire.messages import KeyGroupView, StatusView
 
 if TYPE_CHECKING:
     from kms.client.files import PathOrStream, Progress
@@ -247,6 +247,14 @@ class AsyncKmsClient:
     async def describe_key_group(self, key_id: str) -> KeyGroupView:
         """As `KmsClient.describe_key_group`."""
         return await self._one(self._requests.describe_key_group(key_id))
+
+    async def status(self) -> StatusView:
+        """As `KmsClient.status`."""
+        return await self._one(self._requests.status())
+
+    async def reload(self) -> str:
+        """As `KmsClient.reload`."""
+        return await self._one(self._requests.reload())
 
     async def disable_version(self, key_id: str, version: int, *, for_seconds: int | None = None) -> str:
         """As `KmsClient.disable_version`."""

@@ -26,7 +26,7 @@ from kms.limits import (
     REPLY_TIMEOUT,
     THROTTLE_PATIENCE,
 )
-from kms.wire.messages import KeyGroupView
+from kms.wire.messages import KeyGroupView, StatusView
 
 if TYPE_CHECKING:
     from kms.client.files import PathOrStream, Progress
@@ -261,6 +261,17 @@ class KmsClient:
     def describe_key_group(self, key_id: str) -> KeyGroupView:
         """One key group with its versions, how each is used, and who was refused one that is disabled for a time."""
         return self._one(self._requests.describe_key_group(key_id))
+
+    def status(self) -> StatusView:
+        """Who this client is to the server and what it may do, and, for who may see that, how the server is."""
+        return self._one(self._requests.status())
+
+    def reload(self) -> str:
+        """Have the server read its file of principals again, and go on in a new audit log where that was renamed.
+
+        Returns what came of it, in words; `InvalidRequestError` says what went wrong, and that all stays as it was.
+        """
+        return self._one(self._requests.reload())
 
     def disable_version(self, key_id: str, version: int, *, for_seconds: int | None = None) -> str:
         """Disable a version that is not active, until it is enabled again. Returns what was done, in words.

@@ -66,9 +66,13 @@ from kms.wire.messages import (
     ListKeyGroups,
     PlaintextReply,
     ReEncrypt,
+    Reload,
     Reply,
     Request,
     RotateKeyGroup,
+    Status,
+    StatusReply,
+    StatusView,
     encode,
     group_of,
     is_request_id,
@@ -190,6 +194,12 @@ class Requests:
     def describe_key_group(self, key_id: str) -> Call[KeyGroupView]:
         check_text("key_id", key_id)
         return self._call(DescribeKeyGroup(key_id=key_id), _key_group)
+
+    def status(self) -> Call[StatusView]:
+        return self._call(Status(), _status)
+
+    def reload(self) -> Call[str]:
+        return self._call(Reload(), _detail)
 
     def disable_version(self, key_id: str, version: int, for_seconds: int | None) -> Call[str]:
         check_text("key_id", key_id)
@@ -446,6 +456,10 @@ def _plaintext(request_id: str | None, line: bytes) -> bytes:
     return _decoded(_plaintext_decoder, request_id, line).plaintext
 
 
+def _status(request_id: str | None, line: bytes) -> StatusView:
+    return _decoded(_status_decoder, request_id, line).report
+
+
 def _key_group(request_id: str | None, line: bytes) -> KeyGroupView:
     return _decoded(_key_group_decoder, request_id, line).key_group
 
@@ -470,6 +484,7 @@ _ciphertext_decoder: Final[msgspec.json.Decoder[CiphertextReply | ErrorReply]] =
 _plaintext_decoder: Final[msgspec.json.Decoder[PlaintextReply | ErrorReply]] = msgspec.json.Decoder(
     PlaintextReply | ErrorReply
 )
+_status_decoder: Final[msgspec.json.Decoder[StatusReply | ErrorReply]] = msgspec.json.Decoder(StatusReply | ErrorReply)
 _key_group_decoder: Final[msgspec.json.Decoder[KeyGroupReply | ErrorReply]] = msgspec.json.Decoder(
     KeyGroupReply | ErrorReply
 )

@@ -12,7 +12,9 @@ A request is first authenticated, which yields a `Principal`, then authorized: t
 - an allow rule with an AAD prefix covers only requests whose AAD begins with it;
 - Health needs no grant: whoever is authenticated may ask whether the server is there;
 - ListKeyGroups is granted by any allow rule that names it, and shows the groups on which it is allowed; of those, how
-  they are used where DescribeKeyGroup is allowed.
+  they are used where DescribeKeyGroup is allowed;
+- Status needs no grant to ask who one is and what one may do. What it tells of the server itself is granted, as Reload is,
+  by a rule that has `*` among its groups: what is about no group is about all of them.
 """
 
 from __future__ import annotations
@@ -49,6 +51,8 @@ class Operation(StrEnum):
     DISABLE_VERSION = "DisableVersion"
     ENABLE_VERSION = "EnableVersion"
     DESTROY_VERSION = "DestroyVersion"
+    STATUS = "Status"
+    RELOAD = "Reload"
 
     # Enum's own is a Python call, which each look at a table keyed by operations would pay.
     __hash__ = str.__hash__
@@ -61,6 +65,8 @@ _HEALTH: Final = Operation.HEALTH
 _LIST: Final = Operation.LIST_KEY_GROUPS
 _DESTROY: Final = Operation.DESTROY_VERSION
 _EVERY_GROUP: Final = "*"
+OF_SERVER: Final = frozenset({Operation.STATUS, Operation.RELOAD})
+"""Operations on no key group but on the server."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,12 +86,19 @@ class KeyAuthorizationPolicy(Protocol):
         """
         ...
 
+    def rules_of(self, principal: Principal) -> Rules | None:
+        """The rules that decide on the requests of `principal`; None where it may do everything."""
+        ...
+
 
 class AllowAll:
     """Whoever holds a plane's token may do everything on that plane."""
 
     def allows(self, principal: Principal, operation: Operation, group: str | None, aad: bytes) -> bool:
         return True
+
+    def rules_of(self, principal: Principal) -> Rules | None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +117,16 @@ class Rule:
 
     def covers(self, operation: Operation, group: str) -> bool:
         """Whether it is about this operation on this group; the AAD is not looked at."""
+        if operation in OF_SERVER:
+            return operation in self.operations and _EVERY_GROUP in self.groups
         return operation in self.operations and self._names.match(group) is not None
+
+
+class Rules(NamedTuple):
+    """What allows, and what denies."""
+
+    allow: tuple[Rule, ...]
+    deny: tuple[Rule, ...]
 
 
 class Verdict(NamedTuple):
@@ -119,8 +141,8 @@ class Grants:
     """The rules of one principal, and what they came to for the names asked of late."""
 
     def __init__(self, allow: Iterable[Rule], deny: Iterable[Rule] = ()) -> None:
-        self._allow = tuple(allow)
-        self._deny = tuple(deny)
+        self.rules: Final = Rules(tuple(allow), tuple(deny))
+        self._allow, self._deny = self.rules
         self._listed = any(_LIST in rule.operations for rule in self._allow)
         self.is_administrator: Final = any(
             _DESTROY in rule.operations and _EVERY_GROUP in rule.groups for rule in self._allow
@@ -130,6 +152,8 @@ class Grants:
 
     def allows(self, operation: Operation, group: str | None, aad: bytes) -> bool:
         """Whether `operation` on `group` is allowed to a request with this AAD."""
+        if group is None and operation in OF_SERVER:
+            group = _EVERY_GROUP
         if group is None:
             return operation is _HEALTH or (operation is _LIST and self._listed)
         # Not the decision is kept but the AAD prefixes that lead to a yes: none of them is a no.
@@ -189,3 +213,9 @@ class GrantPolicy:
         if grants is None:
             return principal.name in self._trusted
         return grants.allows(operation, group, aad)
+
+    def rules_of(self, principal: Principal) -> Rules | None:
+        grants = self._grants.get(principal.name)
+        if grants is None:
+            return None if principal.name in self._trusted else Rules((), ())
+        return grants.rules

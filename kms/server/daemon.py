@@ -33,6 +33,7 @@ from kms.server.crowd import Crowd
 from kms.server.listeners import Endpoint, listening
 from kms.server.outbox import Outbox
 from kms.server.reload import Reload
+from kms.server.report import Report
 from kms.server.service_manager import notify
 from kms.service.actor import KeyringActor
 from kms.service.audit_keeper import AuditedStore, AuditKeeper
@@ -111,9 +112,9 @@ async def _main(
                 service = await _service(config, keystore, keyring, access, meters)
                 try:
                     await service.admit(access)
-                    reload = Reload(service, source)
+                    service.operator.reload = reload = Reload(service, source)
                     with trio.open_signal_receiver(signal.SIGINT, signal.SIGTERM) as stops:
-                        until_stopped = partial(stopping.until_stopped, stops, hangups, reload, hangup_stops)
+                        until_stopped = partial(stopping.until_stopped, stops, hangups, reload.on_hangup, hangup_stops)
                         return await Daemon(config, service, meters, memory, say).serve(until_stopped)
                 finally:
                     service.close()
@@ -159,6 +160,7 @@ async def _service(
         access,
         observers=() if meters is None else meters.observers(),
         max_frame_bytes=config.max_frame_bytes,
+        version=package.version(),
     )
 
 
@@ -222,6 +224,15 @@ class Daemon:
     def _announce(self, endpoints: Sequence[Endpoint], metrics: MetricsListener | None) -> None:
         # Not before it serves: a server that is refused says one line, why.
         say, service = self._say, self._service
+        service.operator.report = Report(
+            service,
+            self._config.keystore,
+            self._memory,
+            self._memory == MEMORY_LOCKED,
+            endpoints,
+            self._config.audit.data,
+            lambda: "" if metrics is None else metrics.state,
+        )
         say(self._memory)
         if service.access.is_from_file:
             say(service.access.origin)

@@ -89,16 +89,22 @@ class AuditKeeper:
         if self.log is not None:
             await _synced(self.log)
 
-    def reopen(self) -> None:
-        """Go on in a new file if the log was renamed. Blocks for as long as the disk takes to finish the old one."""
+    def reopen(self) -> str:
+        """Go on in a new file if the log was renamed. Blocks for as long as the disk takes to finish the old one.
+
+        Returns why that could not be done; empty when there is nothing to say.
+        """
         if self.log is None:
-            return
+            return ""
         self._write_repeats()
         try:
             if self.log.reopen():
                 log.info("the audit log goes on in a new file %s", self.log.path)
         except KmsError as error:
-            log.error("the audit log was not reopened: %s", error)  # noqa: TRY400 - the message says it all
+            trouble = f"the audit log was not reopened: {error}"
+            log.error("%s", trouble)  # noqa: TRY400 - the message says it all
+            return trouble
+        return ""
 
     def close(self) -> None:
         """Put on record that the server stops, and let go of the file."""

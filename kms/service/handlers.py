@@ -12,10 +12,12 @@ from typing import Any, Protocol
 
 from kms.core import ciphertext
 from kms.core.names import NO_SUCH_GROUP, is_blank
+from kms.core.policy import Operation, Rule, Rules
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
 from kms.service.listing import Description, Listing, LongReply, Reader
+from kms.service.operator import Operator
 from kms.wire import messages
 from kms.wire.messages import Reply, Request, group_of
 
@@ -30,6 +32,15 @@ class Caller(Reader, Protocol):
     @property
     def name(self) -> str:
         """What the principal is called."""
+        ...
+
+    @property
+    def rules(self) -> Rules | None:
+        """The rules that decide on its requests; None where it may do everything."""
+        ...
+
+    def may(self, operation: Operation) -> bool:
+        """Whether it may use an operation that is on no key group."""
         ...
 
     @property
@@ -59,8 +70,10 @@ class Handlers:
         *,
         new_data_key: Callable[[], bytes],
         max_frame_bytes: int = MAX_FRAME_BYTES,
+        operator: Operator | None = None,
     ) -> None:
         """`new_data_key` draws 32 fresh bytes; `max_frame_bytes` is what a request line may have."""
+        self._operator = Operator() if operator is None else operator
         self._max_frame_bytes = max_frame_bytes
         self._master_keys = master_keys
         self._keyring = keyring
@@ -88,6 +101,8 @@ class Handlers:
             messages.DisableVersion: self.disable_version,
             messages.EnableVersion: self.enable_version,
             messages.DestroyVersion: self.destroy_version,
+            messages.Status: self.status,
+            messages.Reload: self.reload,
         }
 
     def health(self, request: messages.Health) -> Reply:
@@ -137,6 +152,22 @@ class Handlers:
             raise InvalidRequestError(NO_SUCH_GROUP)
         return Description(group, request.request_id, self._usage)
 
+    async def status(self, request: messages.Status, caller: Caller) -> Reply:
+        operator, rules = self._operator, caller.rules
+        report = None if operator.report is None or not caller.may(Operation.STATUS) else operator.report()
+        return messages.StatusReply(
+            messages.StatusView(
+                version=operator.version,
+                uptime_sec=operator.uptime,
+                principal=caller.name,
+                rules=None if rules is None else _viewed(rules),
+                server=report,
+            )
+        )
+
+    async def reload(self, request: messages.Reload, caller: Caller) -> Reply:
+        return messages.DetailReply(await self._operator.reload())
+
     async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:
         group, version, seconds = _named(request.key_id), request.version, request.for_seconds
         if seconds is None:
@@ -164,3 +195,12 @@ def _named(key_id: str) -> str:
 
 def _changed(request: messages.VersionRequest, what: str) -> Reply:
     return messages.DetailReply(f"{request.key_id} v{request.version} {what}")
+
+
+def _viewed(rules: Rules) -> list[messages.RuleView]:
+    return [_rule(rule, allow=True) for rule in rules.allow] + [_rule(rule, allow=False) for rule in rules.deny]
+
+
+def _rule(rule: Rule, *, allow: bool) -> messages.RuleView:
+    operations = sorted(operation.value for operation in rule.operations)
+    return messages.RuleView(allow, operations, list(rule.groups), rule.aad_prefix)

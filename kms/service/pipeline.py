@@ -25,7 +25,7 @@ from msgspec import structs
 
 from kms.core.keyring import KeyGroup
 from kms.core.names import shown
-from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal
+from kms.core.policy import KeyAuthorizationPolicy, Operation, Plane, Principal, Rules
 from kms.errors import AuthFailedError, FrameTooLargeError, InternalError, ThrottledError, UnavailableError, WireError
 from kms.service.audit_trail import AuditTrail
 from kms.service.authentication import Authenticator
@@ -367,6 +367,13 @@ class _Caller:
     @property
     def name(self) -> str:
         return "" if self.principal is None else self.principal.name
+
+    @property
+    def rules(self) -> Rules | None:
+        return Rules((), ()) if self.principal is None else self._pipeline.policy.rules_of(self.principal)
+
+    def may(self, operation: Operation) -> bool:
+        return self.principal is not None and self._pipeline.policy.allows(self.principal, operation, None, b"")
 
     @property
     def most_timed_disables(self) -> int | None:

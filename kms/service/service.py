@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from functools import partial
-from typing import Protocol
+from typing import Final, Protocol
 
 import trio
 
@@ -15,6 +15,7 @@ from kms.limits import KEY_BYTES, MAX_FRAME_BYTES, REFUSALS_INTERVAL
 from kms.service.audit_keeper import AuditKeeper
 from kms.service.handlers import Handlers
 from kms.service.local_provider import LocalMasterKeyProvider
+from kms.service.operator import Operator
 from kms.service.pipeline import RequestPipeline
 from kms.service.served import Observer
 from kms.service.team import Access
@@ -50,8 +51,11 @@ class Service:
         *,
         observers: Sequence[Observer] = (),
         max_frame_bytes: int = MAX_FRAME_BYTES,
+        version: str = "",
     ) -> None:
         """`observers` are told of every request; `max_frame_bytes` is what a request line may have."""
+        self.operator: Final = Operator(version)
+        """What is told of the server itself and how it reloads, to be put in."""
         self.keyring = keyring
         self.keeper = keeper
         self.access = access
@@ -65,6 +69,7 @@ class Service:
             self._trials,
             new_data_key=new_data_key,
             max_frame_bytes=max_frame_bytes,
+            operator=self.operator,
         )
         self.pipeline = RequestPipeline(
             handlers, access.authenticator, access.policy, observers, usage=usage, limits=access.limits
@@ -99,6 +104,11 @@ class Service:
         while True:
             await trio.sleep(REFUSALS_INTERVAL)
             self.pipeline.tell_repeats()
+
+    @property
+    def usage_trouble(self) -> str:
+        """Why what was counted cannot be written down; empty when it can."""
+        return self._usage.trouble
 
     async def save_usage(self) -> None:
         """Write down what was counted until now."""

@@ -113,7 +113,8 @@ class Usage:
         self._encoded: dict[VersionName, bytes] = {}
         # Since when it is counted is worth knowing after a restart, too.
         self._is_unsaved = saved is None
-        self._is_failing = False
+        self.trouble = ""
+        """Why the file could not be written the last time; empty when it could."""
         self._saving = trio.Lock()
         for record in () if saved is None else saved.versions:
             self._take_up(record, keyring)
@@ -267,16 +268,16 @@ class Usage:
             await self.save()
         except (OSError, MemoryShortError, KeystoreReplacedError) as error:
             # Not even where the keystore is another's by now: whoever has the newest keys in memory does not stop for this.
-            if not self._is_failing:
-                why = error.strerror if isinstance(error, OSError) else error
+            why = str(error.strerror if isinstance(error, OSError) else error)
+            if not self.trouble:
                 log.warning("usage not saved to %s: %s; it goes on counting, and tries again", self._path, why)
-            self._is_failing = True
+            self.trouble = why
         except Exception as error:  # a bug, or no thread to be had: it must cost the figures, not the server
             log_bug("usage not saved", error)
         else:
-            if self._is_failing:
+            if self.trouble:
                 log.info("usage is saved again")
-            self._is_failing = False
+            self.trouble = ""
 
     async def save(self) -> None:
         """Put all that is known on disk; durable when this returns.

@@ -143,6 +143,18 @@ class DestroyVersion(VersionRequest, tag="DestroyVersion"):
     operation: ClassVar[Operation] = Operation.DESTROY_VERSION
 
 
+class Status(ControlRequest, tag="Status"):
+    """Who the caller is and what it may do, and how the server is, for who may see that."""
+
+    operation: ClassVar[Operation] = Operation.STATUS
+
+
+class Reload(ControlRequest, tag="Reload"):
+    """What SIGHUP asks for, with an answer."""
+
+    operation: ClassVar[Operation] = Operation.RELOAD
+
+
 AnyRequest = (
     Health
     | Ping
@@ -157,6 +169,8 @@ AnyRequest = (
     | DisableVersion
     | EnableVersion
     | DestroyVersion
+    | Status
+    | Reload
 )
 
 
@@ -191,6 +205,43 @@ class KeyGroupView(Struct, rename="camel"):
     versions: list[VersionView]
 
 
+class RuleView(Struct, rename="camel", omit_defaults=True):
+    """A rule of a principal as people see it: `allow` or not, operations by the names of requests, groups as globs."""
+
+    allow: bool
+    operations: list[str]
+    groups: list[str]
+    aad_prefix: bytes = b""
+
+
+class ServerView(Struct, rename="camel", omit_defaults=True, kw_only=True):
+    """How a server is: where it listens, its files, and `warnings` for people. `audit_data` is what of the data plane."""
+
+    listening: list[str]
+    keystore: str
+    generation: int
+    key_groups: int
+    principals: str
+    audit_log: str | None = None
+    audit_data: str | None = None
+    memory_locked: bool
+    metrics: str | None = None
+    warnings: list[str] = []
+
+
+class StatusView(Struct, rename="camel", omit_defaults=True, kw_only=True):
+    """Who the caller is to the server, and what it may do: `rules` is None where that is everything.
+
+    `server` is for who may see it. `uptime_sec` is in seconds.
+    """
+
+    version: str
+    uptime_sec: int
+    principal: str
+    rules: list[RuleView] | None = None
+    server: ServerView | None = None
+
+
 class Reply(Struct, tag_field="status", rename="camel", kw_only=True, omit_defaults=True):
     """What every reply is: `status` ok or error, the fields of its kind, and the `request_id` of a request that had one."""
 
@@ -218,6 +269,10 @@ class CiphertextReply(Reply, tag="ok"):
 
 class PlaintextReply(Reply, tag="ok"):
     plaintext: bytes
+
+
+class StatusReply(Reply, tag="ok", rename="camel"):
+    report: StatusView
 
 
 class KeyGroupReply(Reply, tag="ok", rename="camel"):

@@ -182,4 +182,5 @@ def test_the_defaults_are_those_of_the_contract() -> None:
     )
     assert config.unix_socket == Path("/home/somebody/.mini-kms/kms.sock")
     assert config.keystore == Path("/home/somebody/.mini-kms/keystore.json")
-    assert (config.token_file, config.admin_token_file, config.passphrase_file) == (None, None, None)
+    places = Places({}, {"HOME": "/home/somebody"})
+    assert (places.token_file, places.admin_token_file, places.passphrase_file) == (None, None, None)
