@@ -47,7 +47,9 @@ _REMEDIES: Final[dict[type[KmsError], str]] = {
     UnauthorizedError: "ask whoever runs the server for access",
     ThrottledError: "try again later",
     LimitExceededError: "ask whoever runs the server for a higher one",
-    DecryptionFailedError: "check that --aad is what it was encrypted with, that it is whole, and its key version enabled",
+    DecryptionFailedError: (
+        "check that --aad is what it was encrypted with, that its key version is enabled, and that it is whole"
+    ),
     AlteredFileError: "the file is not as it was written: damaged, altered or cut off; take another copy",
     FrameTooLargeError: "use encrypt-file for data of this size",
     InternalError: "look into the server's log",

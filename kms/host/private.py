@@ -137,9 +137,11 @@ def _check_owner(path: Path, state: os.stat_result) -> None:
 
 
 def _as_owner(path: Path) -> str:
-    """What to do about a file that is another user's: it is that user's, and stays so."""
+    """What to do about a file that may not be read, or is another user's: it is that user's, and stays so."""
     try:
-        name = pwd.getpwuid(path.stat().st_uid).pw_name
+        owner = path.stat().st_uid
+        if owner == os.geteuid():
+            return f"run: chmod 600 {path}"
+        return f"run this as its owner: sudo -u {pwd.getpwuid(owner).pw_name} ..."
     except (OSError, KeyError):
         return "run this as its owner"
-    return f"run this as its owner: sudo -u {name} ..."

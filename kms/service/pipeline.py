@@ -55,6 +55,8 @@ _NO_LIMITS: Final[Mapping[str, Limits]] = {}
 _DATA: Final = Plane.DATA
 _HEALTH: Final = Operation.HEALTH
 """Looked up through its class, a member of an enum takes 0.1 us on Python 3.11."""
+_ANSWERED_ALL_THE_SAME: Final = frozenset({Operation.HEALTH, Operation.STATUS})
+"""What is answered though it cannot be put on record: it is how one finds out."""
 
 
 class Streamed:
@@ -412,6 +414,6 @@ def _unrecorded(turn: Turn, error: UnavailableError) -> bytes:
 
 
 def _instead(reply: bytes, served: Served | None, error: UnavailableError) -> bytes:
-    if served is None or (served.kind is not None and served.kind.operation is _HEALTH):
+    if served is None or (served.kind is not None and served.kind.operation in _ANSWERED_ALL_THE_SAME):
         return reply
     return encode(_error_reply(error, served))

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from kms.limits import IDLE_TIMEOUT
-from kms.server.config import ENVIRONMENT, resolve
+from kms.server.config import ENVIRONMENT, Places, resolve
 from kms_tests.integration.processes import PASSPHRASE, Machine
 
 
