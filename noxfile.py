@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import shlex
@@ -137,10 +138,10 @@ def minimums(session: nox.Session) -> None:
     session.run(*UNIT_TESTS, *session.posargs)
 
 
-@nox.session
+@nox.session(reuse_venv=True)
 def serve(session: nox.Session) -> None:
     """A server to try things with; its passphrase, tokens and keystore are made in .dev/ on the first run."""
-    session.install("-e", ".")
+    _install_unless_installed(session)
     # Relative, since a Unix socket's path may not be longer than 107 bytes and a checkout may lie deep.
     os.chdir(ROOT)
     # A setting or a secret of the user's own is not to get in here.
@@ -162,6 +163,16 @@ def serve(session: nox.Session) -> None:
     print(_LINES_TO_PASTE, flush=True)
     # Longer than the server's own 5 seconds of grace: nox would kill it 0.3 seconds after a Ctrl-C.
     session.run("kms-server", *session.posargs, env=places, interrupt_timeout=8)
+
+
+def _install_unless_installed(session: nox.Session) -> None:
+    """Install the package in place, unless that was done here with this pyproject.toml: pip alone takes seconds to say so."""
+    mark = Path(session.virtualenv.location, "installed.sha256")
+    wanted = hashlib.sha256(Path("pyproject.toml").read_bytes()).hexdigest()
+    if mark.exists() and mark.read_text(encoding="ascii") == wanted and Path(session.bin, "kms-server").exists():
+        return
+    session.install("-e", ".")
+    mark.write_text(wanted, encoding="ascii")
 
 
 def _make_private(directory: Path, passphrase: Path) -> None:

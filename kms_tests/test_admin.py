@@ -621,3 +621,96 @@ def test_change_passphrase_begins_no_audit_log(
     monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "hunter3 hunter")
     assert main(["change-passphrase"]) == 0
     assert not (home / "audit.log").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["rotate-key", "billing"], ["rotate-key", "--key", "billing"], ["rotate-key", "billing", "--key", "billing"]],
+)
+def test_a_key_group_is_an_argument_or_an_option(arguments: list[str], fake: FakeAdmin) -> None:
+    assert main(arguments) == 0
+    assert fake.asked == [("rotate", "billing")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        ([], "name the key group"),
+        (["a", "--key", "b"], "two key groups are given; give one"),
+        ([""], "the name of a key group is not blank"),
+        (["--key", " "], "the name of a key group is not blank"),
+    ],
+)
+@pytest.mark.parametrize("command", ["create-key", "rotate-key", "describe-key", "enable-version", "destroy-version"])
+def test_a_key_group_is_named_once_and_not_blank(
+    command: str, arguments: list[str], complaint: str, fake: FakeAdmin, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = ["--version", "1"] if command.endswith("version") else []
+    assert main([command, *arguments, *version]) == 64
+    assert complaint in capsys.readouterr().err
+    assert fake.asked == []
+
+
+@pytest.mark.parametrize(("version", "number"), [("3", 3), ("v3", 3), ("V3", 3), ("9223372036854775807", (1 << 63) - 1)])
+def test_a_version_is_written_as_it_is_printed_too(version: str, number: int, fake: FakeAdmin) -> None:
+    assert main(["enable-version", "billing", "--version", version]) == 0
+    assert fake.asked == [("enable", "billing", number)]
+
+
+@pytest.mark.parametrize("version", ["", "v", "0", "-1", "1.0", "v 1", "9223372036854775808", "1" * 5000, "\u0663"])
+def test_what_is_no_version_is_refused(version: str, fake: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["enable-version", "billing", "--version", version]) == 64
+    assert "give a version such as 3 or v3" in capsys.readouterr().err
+    assert fake.asked == []
+
+
+def test_a_new_token_goes_into_a_new_private_file(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    umask = os.umask(0)
+    try:
+        assert main(["new-token", "billing", "--out", str(data / "token")]) == 0
+    finally:
+        os.umask(umask)
+    token = (data / "token").read_bytes()
+    assert (data / "token").stat().st_mode & 0o777 == 0o600
+    printed = capsys.readouterr()
+    assert printed.out == f'token_sha256 = ["{sha256(token.rstrip()).hexdigest()}"]\n'
+    assert token.decode().strip() not in printed.out + printed.err
+    assert main(["new-token", "billing", "--out", str(data / "token")]) == 64
+    assert (data / "token").read_bytes() == token
+
+
+def test_the_old_passphrase_is_checked_before_a_new_one_is_asked_for(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2 hunter")
+    assert main(["init"]) == 0
+    asked: list[str] = []
+    monkeypatch.setattr(prompt, "_typed", lambda name, _remedy: asked.append(name))
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "wrong")
+    assert main(["change-passphrase"]) == 2
+    assert asked == []
+
+
+def test_what_was_made_with_a_line_end_by_an_earlier_release_opens_and_is_renewed(
+    home: Path, tiny: KdfParameters, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home.mkdir(mode=0o700)
+    with KeystoreLock(home / "keystore.json") as lock:
+        file.initialise(lock, Secret(bytearray(b"pw\n")), now=1, parameters=tiny)
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "pw\n")
+    monkeypatch.setenv("MINIKMS_NEW_PASSPHRASE", "a better one\n")
+    assert main(["change-passphrase"]) == 0
+    assert opens(home / "keystore.json", b"a better one")
+
+
+def test_init_takes_a_short_passphrase_only_when_told_so(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2")
+    assert main(["init"]) == 65
+    assert "only 7 characters" in capsys.readouterr().err
+    assert not home.exists()
+    monkeypatch.setenv("MINIKMS_PASSPHRASE", "hunter2\n")
+    assert main(["init", "--allow-weak"]) == 0
+    assert "the passphrase is weak" in capsys.readouterr().err
+    assert opens(home / "keystore.json", b"hunter2")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from kms.core import ciphertext
 from kms.core.audit import Record
 from kms.core.keyring import Command, KeyGroup
 from kms.core.policy import AllowAll, KeyAuthorizationPolicy
@@ -203,6 +204,23 @@ def test_no_record_holds_a_secret_or_more_than_a_name(server: Audited) -> None:
     assert len(held) < 4000
 
 
+@pytest.mark.parametrize("name", ["a\x9bb", "a\u202eb", "a\x1b]0;b", "a\nb"])
+def test_no_name_on_record_can_speak_to_a_terminal_wherever_it_came_from(server: Audited, name: str) -> None:
+    blob = text(ciphertext.header(name, 1) + bytes(28))
+    for kind, token, fields in (
+        ("Encrypt", API, {"plaintext": "", "keyId": name}),
+        ("GenerateDataKey", API, {"keyId": name}),
+        ("Decrypt", API, {"ciphertext": blob}),
+        ("ReEncrypt", API, {"ciphertext": blob, "keyId": name}),
+        ("DescribeKeyGroup", ADMIN, {"keyId": name}),
+        ("DisableVersion", ADMIN, {"keyId": name, "version": 1}),
+    ):
+        server.ask(kind, token, **fields)
+    groups = [one for record in server.log.records for one in (record.group, record.from_group) if one is not None]
+    assert len(groups) >= 6
+    assert all(group.isprintable() for group in groups)
+
+
 def test_the_replies_of_a_turn_are_put_on_record_by_one_write(server: Audited) -> None:
     replies = server.turn(*[request("Encrypt", plaintext="")] * 10)
     assert [reply["status"] for reply in replies] == ["ok"] * 10
@@ -246,6 +264,8 @@ def test_while_the_log_fails_nothing_is_done(server: Audited) -> None:
     assert server.manager.current is before
     assert server.ask("Health") == {"status": "ok", "detail": "ok"}
     assert server.ask("Health", "wrong")["errorCode"] == "AuthFailed", "Health is for who has the token, as ever"
+    assert server.admin("Status")["status"] == "ok", "it is how an administrator finds out"
+    assert server.ask("Status", "wrong")["errorCode"] == "AuthFailed"
 
 
 def test_once_the_log_can_be_written_all_goes_on(server: Audited) -> None:

@@ -456,6 +456,106 @@ def test_the_token_of_the_environment_wins(fake: type[FakeClient], monkeypatch: 
     assert (fake.addresses, fake.tokens) == ([Path("/x")], [b"from-environment"])
 
 
+def test_an_explicit_flag_wins_over_the_token_of_the_environment(
+    fake: type[FakeClient], data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MINIKMS_API_TOKEN", "from-environment")
+    monkeypatch.setenv("MINIKMS_NO_TOKEN", "1")
+    assert main(["--token-file", str(data / "mini-kms" / "api.token"), "health"]) == 0
+    assert fake.tokens == [b"the-token"]
+
+
+def test_who_has_no_token_is_known_by_the_user_id_over_a_unix_socket(fake: type[FakeClient], data: Path) -> None:
+    (data / "mini-kms" / "api.token").unlink()
+    assert main(["health"]) == 0
+    assert fake.tokens == [b""]
+    assert main(["--tcp", "127.0.0.1:1", "health"]) == 64, "and asked for it over TCP, where there is no terminal here"
+
+
+def test_so_is_who_says_so_in_the_environment(
+    fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MINIKMS_NO_TOKEN", "1")
+    monkeypatch.setenv("MINIKMS_API_TOKEN", "from-environment")
+    assert main(["health"]) == 0
+    assert fake.tokens == [b""]
+    monkeypatch.setenv("MINIKMS_NO_TOKEN", "perhaps")
+    assert main(["health"]) == 64
+    assert "MINIKMS_NO_TOKEN: give 1 or 0" in error_line(capsys)
+
+
+def test_a_user_id_that_the_server_does_not_know_is_told_what_helps(
+    fake: type[FakeClient], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.failure = errors.AuthFailedError("invalid API token")
+    assert main(["health", "--no-token"]) == 77
+    line = error_line(capsys)
+    assert f"the server does not know the user id {os.geteuid()}; name a token's file with --token-file" in line
+    assert main(["health"]) == 77
+    assert "check the token file" in error_line(capsys), "a token was shown, and is wrong"
+
+
+def test_options_of_the_program_stand_behind_the_command_too(
+    fake: type[FakeClient], data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    token = str(data / "mini-kms" / "api.token")
+    assert main(["health", "--json", "--unix", "/y", "--request-id", "n", "--server-user", "u", "--token-file", token]) == 0
+    assert json.loads(capsys.readouterr().out) == {"detail": "ok"}
+    assert (fake.addresses, fake.request_ids, fake.server_users) == ([Path("/y")], ["n"], ["u"])
+    assert main(["--unix", "/x", "health", "--unix", "/y"]) == 0
+    assert fake.addresses[-1] == Path("/y"), "the later one wins, as it does everywhere"
+
+
+@pytest.mark.parametrize("arguments", [["-h"], ["health", "-h"]])
+def test_h_is_short_for_help(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 0
+    assert "Usage: kms-client" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("key", ["", " ", "\t\n"])
+@pytest.mark.parametrize("command", ["encrypt", "generate-data-key", "encrypt-file", "reencrypt", "decrypt"])
+def test_a_blank_key_is_an_error_and_not_the_default_one(
+    command: str, key: str, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    option = "--from-key" if command == "decrypt" else "--key"
+    more = {"encrypt": ["--text", "x"], "generate-data-key": []}.get(command, ["--in", "a", "--out", "b"])
+    assert main([command, option, key, *more]) == 64
+    assert f"invalid value for '{option}': the name of a key group is not blank" in error_line(capsys)
+
+
+def test_a_key_group_that_there_is_not_is_named(fake: type[FakeClient], capsys: pytest.CaptureFixture[str]) -> None:
+    def unknown(*_: object) -> bytes:
+        raise errors.InvalidRequestError("keyId: no such key group")
+
+    fake.encrypt = unknown  # type: ignore[method-assign, assignment]
+    assert main(["encrypt", "--text", "x", "--key", "odd\x1b"]) == 1
+    assert "there is no key group odd\\x1b\n" in error_line(capsys)
+    assert main(["encrypt", "--text", "x"]) == 1
+    assert "there is no key group default\n" in error_line(capsys)
+
+
+def test_an_aad_that_is_no_text_comes_from_a_file(data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (data / "aad").write_bytes(b"\xff\x00")
+    assert main(["--json", "generate-data-key", "--aad-file", str(data / "aad")]) == 0
+    wrapped = base64.b64decode(json.loads(capsys.readouterr().out)["wrappedDataKey"])
+    assert wrapped == SEALED + b"\xff\x00default"
+    assert main(["generate-data-key", "--aad-file", str(data / "aad"), "--aad", "x"]) == 64
+    assert "exclude each other" in error_line(capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["encrypt", "--in", "-", "--token-file", "-"],
+        ["encrypt", "--in", "-", "--aad-file", "-"],
+        ["decrypt-file", "--in", "-", "--out", "x", "--token-file", "-"],
+    ],
+)
+def test_standard_input_is_for_one_reader(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 64
+    assert "want standard input; give all but one a file" in error_line(capsys)
+
+
 # The shell's side.
 
 

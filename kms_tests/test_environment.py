@@ -11,7 +11,7 @@ import trio
 
 from kms.client.async_ import AsyncKmsClient
 from kms.client.blocking import KmsClient
-from kms.client.environment import ADMIN, API, Address, TokenFile, token
+from kms.client.environment import ADMIN, API, Address, TokenFile, find_server, token
 from kms.client.protocol import Requests
 from kms.errors import ConfigError, InputMissingError, SecretFileError
 from kms.wire.messages import decode_request
@@ -86,6 +86,46 @@ def test_where_a_token_comes_from(data: Path) -> None:
     ):
         found = token(API, TCP, environ)
         assert (found if isinstance(found, str) else found()) == expected
+
+
+def test_who_says_so_shows_no_token_over_a_unix_socket(data: Path) -> None:
+    environ = {"HOME": str(data), "MINIKMS_API_TOKEN": "typed", "MINIKMS_NO_TOKEN": "1"}
+    assert token(API, UNIX, environ) == ""
+    assert token(API, TCP, environ) == "typed"
+    assert token(API, UNIX, {**environ, "MINIKMS_NO_TOKEN": "0"}) == "typed"
+    with pytest.raises(ConfigError, match="MINIKMS_NO_TOKEN: give 1 or 0"):
+        token(API, UNIX, {**environ, "MINIKMS_NO_TOKEN": "sure"})
+
+
+def test_a_token_of_the_environment_has_the_rule_of_a_file(data: Path) -> None:
+    assert token(API, TCP, {"MINIKMS_API_TOKEN": "typed\r\n"}) == "typed"
+    for value in ("  ", "a\tb", "\ufeffx", "x" * 4097):
+        with pytest.raises(ConfigError, match=r"^MINIKMS_API_TOKEN "):
+            token(API, TCP, {"MINIKMS_API_TOKEN": value})
+
+
+def test_a_token_as_containers_mount_it_is_taken_where_the_environment_allows_it(data: Path) -> None:
+    file = write(data / "..data", "mounted\n")
+    file.chmod(0o440)
+    (data / "token").symlink_to(file)
+    environ = {"MINIKMS_API_TOKEN_FILE": str(data / "token")}
+    with pytest.raises(SecretFileError, match="--allow-group-readable-secrets"):
+        token(API, TCP, environ)
+    found = token(API, TCP, {**environ, "MINIKMS_ALLOW_GROUP_READABLE_SECRETS": "1"})
+    assert not isinstance(found, str)
+    assert found() == "mounted"
+
+
+def test_without_a_home_it_is_looked_for_only_where_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nobody(_cls: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", classmethod(nobody))
+    assert find_server(None, None, {"MINIKMS_TCP_PORT": "7"}) == Address(None, port=7)
+    assert find_server(None, "/x", {}) == Address(Path("/x"))
+    assert token(API, UNIX, {}) == ""
+    with pytest.raises(ConfigError, match="set XDG_DATA_HOME to a directory, or name each file"):
+        find_server(None, None, {})
 
 
 def test_a_token_may_be_a_path_of_its_file_or_what_gives_it(data: Path) -> None:

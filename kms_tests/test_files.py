@@ -20,7 +20,14 @@ from kms.core import ciphertext as ciphertexts
 from kms.core import container
 from kms.core.envelope import EnvelopeKey
 from kms.core.secret import Secret
-from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError, ProtocolError
+from kms.errors import (
+    AlteredFileError,
+    DecryptionFailedError,
+    FileAccessError,
+    InputError,
+    InputMissingError,
+    ProtocolError,
+)
 from kms.limits import FILE_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
 
 SIZES = [0, 1, 15, 16, 17, FILE_CHUNK_BYTES - 1, FILE_CHUNK_BYTES, FILE_CHUNK_BYTES + 1, 2 * FILE_CHUNK_BYTES + 5]
@@ -416,3 +423,38 @@ def test_reencrypting_what_is_no_ciphertext_or_too_large_is_an_input_error(conte
     with pytest.raises(InputError):
         reencrypt_file(client, io.BytesIO(content), io.BytesIO(), key_id="g")
     assert client.calls == 0
+
+
+def test_progress_counts_both_passes_of_what_is_verified_before_it_is_written(tmp_path: Path) -> None:
+    plain, box = tmp_path / "plain", tmp_path / "box"
+    plain.write_bytes(os.urandom(3 * FILE_CHUNK_BYTES + 5))
+    encrypt_file(CLIENT, plain, box)
+    done: list[int] = []
+
+    class Output(io.BytesIO):
+        at_first_byte = 0
+
+        def write(self, data: object, /) -> int:
+            self.at_first_byte = self.at_first_byte or sum(done)
+            return len(memoryview(data))  # type: ignore[arg-type]
+
+    output = Output()
+    decrypt_file(CLIENT, box, output, progress=done.append)
+    assert sum(done) in range(box.stat().st_size - 3, box.stat().st_size + 1)
+    assert output.at_first_byte < 0.9 * box.stat().st_size, "not all is done before anything is written"
+
+
+def test_a_damaged_file_is_not_taken_for_a_wrong_context(tmp_path: Path) -> None:
+    plain, box = tmp_path / "plain", tmp_path / "box"
+    plain.write_bytes(b"hello")
+    encrypt_file(CLIENT, plain, box, aad=b"a")
+    whole = box.read_bytes()
+    for damaged in (whole[:-1], whole + b"x", whole[:-20] + bytes([whole[-20] ^ 1]) + whole[-19:]):
+        box.write_bytes(damaged)
+        for target in (tmp_path / "back", io.BytesIO()):
+            with pytest.raises(AlteredFileError, match=r"^decryption failed$"):
+                decrypt_file(CLIENT, box, target, aad=b"a")
+    box.write_bytes(whole)
+    with pytest.raises(DecryptionFailedError) as refusal:
+        decrypt_file(CLIENT, box, tmp_path / "back", aad=b"b")
+    assert type(refusal.value) is DecryptionFailedError

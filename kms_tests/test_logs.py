@@ -103,3 +103,11 @@ def test_a_program_speaks_to_people_until_it_is_told_otherwise() -> None:
     assert (decoded["level"], decoded["logger"], decoded["message"]) == ("ERROR", "kms-server", "no 100%\n")
     voice.use("human")
     assert voice.line(logging.WARNING, "so") == "kms-server: so\n"
+
+
+@pytest.mark.parametrize("text", ["\x1b]0;PWNED\x1b\\\\", "a\x9bb", "a\u202eb", "a\rb", "\udcff"])
+def test_what_a_module_logs_cannot_speak_to_a_terminal_and_a_traceback_keeps_its_lines(text: str) -> None:
+    record = logging.LogRecord("kms.service.usage", logging.WARNING, "", 0, "used by %s\n  in two lines", (text,), None)
+    line = HumanFormatter("kms-server").format(record)
+    assert line.count("\n") == 1
+    assert all(one.isprintable() for one in line.split("\n"))

@@ -13,7 +13,7 @@ import trio.testing
 
 from kms.core.keyring import EMPTY
 from kms.core.policy import Plane, Principal
-from kms.errors import AuthFailedError, ConfigError, InputMissingError
+from kms.errors import AuthFailedError, ConfigError, InputMissingError, InvalidRequestError
 from kms.host.peer import Credentials
 from kms.server.config import resolve
 from kms.server.reload import Reload
@@ -23,6 +23,7 @@ from kms.service.audit_trail import AuditTrail
 from kms.service.served import Peer
 from kms.service.service import ServedKeyring, Service
 from kms.service.team import Access, AccessSource, TeamAuthenticator
+from kms.wire.messages import ServerView
 from kms_tests.in_memory import ADMIN, API, SHARED, Server, answered, no_audit, text, usage_of
 from kms_tests.test_actor import Store
 from kms_tests.test_audit_trail import Log
@@ -474,3 +475,59 @@ def test_a_start_without_the_file_is_refused_where_an_audit_log_was_kept_for_it(
         source.load(is_start=True)
     assert not source.load().is_from_file, "a server that was told so is not told otherwise by SIGHUP"
     assert not AccessSource(path, SHARED, lambda: 0.0, is_needed=False).load(is_start=True).is_from_file
+
+
+def test_anybody_who_is_known_may_ask_who_that_is_and_what_it_may_do(team: Team) -> None:
+    report = team.call("Status", "old token")["report"]
+    assert report["principal"] == "billing"
+    assert {
+        "allow": True,
+        "operations": sorted(report["rules"][0]["operations"]),
+        "groups": report["rules"][0]["groups"],
+    } == ({name: value for name, value in report["rules"][0].items() if name != "aadPrefix"})
+    assert "server" not in report
+    assert team.call("Status", ADMIN)["report"] == {"version": "", "uptimeSec": 0, "principal": "admin"}
+    assert team.outcome("Status", "no token") == team.outcome("Status", API) == "AuthFailed"
+
+
+def test_how_the_server_is_takes_a_grant_on_every_key_group(team: Team) -> None:
+    view = ServerView(listening=["here"], keystore="k", generation=1, key_groups=1, principals="", memory_locked=True)
+    team.service.operator.report = lambda: view
+    assert team.call("Status", ADMIN)["report"]["server"]["listening"] == ["here"]
+    assert "server" not in team.call("Status", "old token")["report"]
+
+
+@pytest.mark.parametrize(("groups", "may"), [('["*"]', True), ('["billing", "de*"]', False)])
+async def test_a_reload_is_asked_for_with_a_grant_on_every_key_group_and_answered(
+    team: Team,
+    groups: str,
+    may: bool,
+) -> None:
+    token = f'[principals.ops]\ntoken_sha256 = ["{digest("ops token")}"]\n'
+    team.write(f'{token}[[principals.ops.allow]]\ngroups = {groups}\noperations = ["*"]\n')
+    await team.reload()
+    team.service.operator.reload = team.reload
+
+    async def ask() -> dict[str, Any]:
+        later = team.pipeline.session(TCP).serve(b'{"type":"Reload","token":"ops token"}')
+        reply: dict[str, Any] = json.loads(await answered(later))
+        return reply
+
+    reply = await ask()
+    if not may:
+        assert reply["errorCode"] == "Unauthorized"
+        return
+    assert reply == {"status": "ok", "detail": f"reloaded: principals from {team.path}: 1"}
+    team.write("nonsense")
+    reply = await ask()
+    assert reply["errorCode"] == "InvalidRequest"
+    assert reply["message"].startswith(f"principals not reloaded, all stays as it was: {team.path}")
+    assert (await ask())["errorCode"] == "InvalidRequest", "and it is still let in"
+
+
+async def test_a_reload_that_could_not_go_on_in_a_new_audit_log_says_so(
+    team: Team, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(team.service.keeper, "reopen", lambda: "the audit log was not reopened: no room")
+    with pytest.raises(InvalidRequestError, match=r"reloaded: .*, but the audit log was not reopened: no room"):
+        await team.reload()

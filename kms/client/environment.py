@@ -55,8 +55,14 @@ def find_server(tcp: str | None, unix: str | None, environ: Mapping[str, str]) -
     named, port = environ.get("MINIKMS_UNIX_SOCKET"), environ.get("MINIKMS_TCP_PORT")
     if named:
         return Address(Path(named))
-    usual = data_directory(environ) / "kms.sock"
-    if port and not usual.exists():
+    try:
+        usual = data_directory(environ) / "kms.sock"
+    except ConfigError:
+        if not port:
+            raise
+        return Address(None, port=_port(port, "MINIKMS_TCP_PORT"))
+    # Not `Path.exists`: a home that may not be entered has no socket for this user.
+    if port and not os.path.exists(usual):  # noqa: PTH110
         return Address(None, port=_port(port, "MINIKMS_TCP_PORT"))
     # Whether it is there or not. By TCP only where somebody said so: while no server listens, its port is anybody's.
     return Address(usual)
@@ -89,7 +95,10 @@ def token_file(plane: Plane, environ: Mapping[str, str]) -> Path | None:
     named = environ.get(plane.file_variable)
     if named:
         return STANDARD_INPUT if named == "-" else Path(named)
-    usual = data_directory(environ) / plane.file_name
+    try:
+        usual = data_directory(environ) / plane.file_name
+    except ConfigError:
+        return None  # without a data directory there is no usual place
     return usual if os.path.lexists(usual) else None
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import socket
 
 from kms.client.protocol import Exchange, T
@@ -70,6 +72,12 @@ def refused(address: str, error: OSError) -> str:
     """The message for a connection that could not be made."""
     if isinstance(error, FileNotFoundError):
         return f"there is no socket {address}; start kms-server, or say where it is (--unix, --tcp)"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        # It may well be running.
+        return (
+            f"user id {os.geteuid()} may not use the socket {address}: {error.strerror}; run this as the server's user, or "
+            "start it with --unix-socket-group and a group that you are in"
+        )
     return f"no server answers at {address}: {error.strerror or error}; is kms-server running?"
 
 

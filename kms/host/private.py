@@ -142,6 +142,10 @@ def _as_owner(path: Path) -> str:
         owner = path.stat().st_uid
         if owner == os.geteuid():
             return f"run: chmod 600 {path}"
-        return f"run this as its owner: sudo -u {pwd.getpwuid(owner).pw_name} ..."
-    except (OSError, KeyError):
+    except OSError:
         return "run this as its owner"
+    try:
+        name = pwd.getpwuid(owner).pw_name
+    except KeyError:
+        name = f"'#{owner}'"
+    return f"run this as its owner: sudo -u {name} ..."

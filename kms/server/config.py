@@ -90,12 +90,12 @@ class Places:
     @property
     def token_file(self) -> Path | None:
         """None where none is named, and none at its usual place."""
-        return self._secret("token_file") or _if_exists(self._data("api.token"))
+        return self._secret("token_file") or self._usual("api.token")
 
     @property
     def admin_token_file(self) -> Path | None:
         """As `token_file`."""
-        return self._secret("admin_token_file") or _if_exists(self._data("admin.token"))
+        return self._secret("admin_token_file") or self._usual("admin.token")
 
     @property
     def passphrase_file(self) -> Path | None:
@@ -130,6 +130,14 @@ class Places:
 
     def _data(self, name: str) -> Path:
         return data_directory(self._environ) / name
+
+    def _usual(self, name: str) -> Path | None:
+        """The file of this name in the data directory, if there is that, and it in it."""
+        try:
+            path = self._data(name)
+        except ConfigError:
+            return None
+        return _if_exists(path)
 
 
 def resolve(flags: Mapping[str, Any], environ: Mapping[str, str]) -> ServerConfig:
