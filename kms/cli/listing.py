@@ -47,15 +47,19 @@ _SORTABLE: Final = "%Y-%m-%dT%H:%M:%SZ"
 )
 @click.argument("patterns", nargs=-1, metavar="[GLOB]...")
 @click.option(
-    "--state", type=click.Choice(STATES, case_sensitive=False), help="Only key groups with a version in this state."
+    "--state",
+    type=click.Choice(STATES, case_sensitive=False),
+    metavar="STATE",
+    help=f"Only key groups with a version in this state: {', '.join(STATES)}.",
 )
 @click.option(
     "--sort",
     "order",
     type=click.Choice(ORDERS),
+    metavar="ORDER",
     default="made",
-    help="Order: as they were made, by name, by their last rotation or use, or by the number of versions; the latest and "
-    "the most come first. [default: made]",
+    help="made (the order in which they were), name, rotated or used (the latest first), or versions (the most first). "
+    "[default: made]",
 )
 @click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many key groups.")
 @click.option("--versions", is_flag=True, help="A row for each version; in a pipe it is always so.")
