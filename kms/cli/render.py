@@ -35,7 +35,8 @@ def document(**fields: Any) -> None:
     import msgspec
 
     encoded = msgspec.json.encode(_encodable(fields)).decode()
-    click.echo(encoded if encoded.isprintable() else "".join(map(_json_escaped, encoded)))
+    # As bytes: JSON is UTF-8, whatever the locale is.
+    click.echo((encoded if encoded.isprintable() else "".join(map(_json_escaped, encoded))).encode())
 
 
 def _encodable(value: Any) -> Any:

@@ -23,14 +23,15 @@ def take() -> None:
     """Do so for this process, once."""
     if sys.stdin is None:
         sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115 - for as long as the process lives
-    sys.stdout = _text_stream(1)
-    sys.stderr = _text_stream(2)
+    sys.stdout = _text_stream(1, sys.stdout)
+    sys.stderr = _text_stream(2, sys.stderr)
 
 
-def _text_stream(descriptor: int) -> io.TextIOWrapper:
-    # Names that the locale cannot write are escaped, not a reason to fail after the work is done.
+def _text_stream(descriptor: int, before: TextIO | None) -> io.TextIOWrapper:
+    encoding = None if before is None else before.encoding
+    # What that cannot write is escaped, not a reason to fail after the work is done.
     whole = io.BufferedWriter(WholeWriter(descriptor))
-    return io.TextIOWrapper(whole, errors="backslashreplace", line_buffering=descriptor == 2)
+    return io.TextIOWrapper(whole, encoding, errors="backslashreplace", line_buffering=descriptor == 2)
 
 
 class WholeWriter(io.RawIOBase):
