@@ -29,7 +29,7 @@ from kms.cli.options import (
 )
 from kms.cli.prompt import Wanted, obtain, obtain_new_passphrase, obtain_passphrase
 from kms.cli.run import run
-from kms.cli.signals import stop_signals_raise
+from kms.cli.signals import end_by, stop_signals_raise
 from kms.client.environment import ADMIN, API, Plane
 from kms.core.secret import Secret
 from kms.errors import ConfigError, InputMissingError
@@ -162,7 +162,7 @@ def _leaving_at_once(say: Callable[[str], None], lines: BackgroundLines) -> Iter
     def leave(number: int, _frame: FrameType | None) -> None:
         say(f"stopped at once by {signal.Signals(number).name}")
         lines.close()
-        os._exit(128 + number)
+        end_by(number)
 
     before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -26,8 +26,8 @@ class StoppedError(BaseException):
 def leave_on_signals() -> None:
     """Have SIGINT, SIGTERM and SIGHUP end the process without a word, as they do before a program has begun.
 
-    Not by their default action: to process 1, which the server is in a container, the kernel does not apply it. And not by
-    an exception, which while modules are loaded nobody would catch. One that is ignored stays so.
+    Not by their default action alone: to process 1, which the server is in a container, the kernel does not apply it. And
+    not by an exception, which while modules are loaded nobody would catch. One that is ignored stays so.
     """
     for number in (signal.SIGINT, *_STOP_SIGNALS):
         if signal.getsignal(number) is not signal.SIG_IGN:
@@ -35,7 +35,14 @@ def leave_on_signals() -> None:
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    os._exit(128 + number)
+    end_by(number)
+
+
+def end_by(number: int) -> NoReturn:
+    """End this process at once by a signal, as whoever waits for it expects: to systemd that is no failure, a status is."""
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+    os._exit(128 + number)  # process 1 is still here
 
 
 @contextlib.contextmanager
