@@ -166,7 +166,7 @@ def serve(session: nox.Session) -> None:
 
 
 def _install_unless_installed(session: nox.Session) -> None:
-    """Install the package in place, unless that was done here with this pyproject.toml: pip alone takes seconds to say so."""
+    """Install the package in place, unless that was done with this pyproject.toml: pip takes seconds to find that out."""
     mark = Path(session.virtualenv.location, "installed.sha256")
     wanted = hashlib.sha256(Path("pyproject.toml").read_bytes()).hexdigest()
     if mark.exists() and mark.read_text(encoding="ascii") == wanted and Path(session.bin, "kms-server").exists():
