@@ -24,6 +24,8 @@ def occupy() -> None:
 def _take_lowest() -> None:
     # Those below are open, so the lowest number that is free is the one in question. A container may have no /dev.
     try:
-        os.open(os.devnull, os.O_PATH)
+        number = os.open(os.devnull, os.O_PATH)
     except OSError:
-        os.open("/", os.O_PATH)
+        number = os.open("/", os.O_PATH)
+    # For a program that is started from here it is as true.
+    os.set_inheritable(number, True)  # noqa: FBT003 - it has no name

@@ -15,7 +15,7 @@ from kms_tests import format2
 from kms_tests.faults.program import TINY
 from kms_tests.integration.processes import PASSPHRASE
 
-NEW_PASSPHRASE: Final = "a new one"
+NEW_PASSPHRASE: Final = "a new one of some length"
 Table = dict[str, dict[int, str]]
 """Each group's versions and their states."""
 
