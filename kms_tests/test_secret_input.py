@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms.core.secret import Passphrase, Secret
-from kms.errors import FileAccessError, InputError, SecretFileError
+from kms.errors import FileAccessError, InputError, InputMissingError, SecretFileError
 from kms.host import secret_input
+from kms.host.descriptors import descriptor_named
 from kms.host.secret_input import read_passphrase, read_token
 
 WRONG = [
@@ -162,3 +163,27 @@ def test_a_secret_comes_from_a_descriptor_that_the_command_was_started_with() ->
         assert _bytes(read_token(Path(f"/dev/fd/{reader}"))) == b"hunter2"
     finally:
         os.close(reader)
+
+
+def test_a_descriptor_of_another_process_is_not_taken_for_one_of_ours(data: Path) -> None:
+    reader, writer = os.pipe()
+    try:
+        os.set_inheritable(reader, True)  # noqa: FBT003 - it has no name
+        assert descriptor_named(Path(f"/proc/{os.getpid()}/fd/{reader}")) == reader
+        assert descriptor_named(Path(f"/proc/{os.getppid()}/fd/{reader}")) is None
+    finally:
+        os.close(reader)
+        os.close(writer)
+
+
+def test_a_secret_is_found_by_its_path_where_the_working_directory_is_gone(
+    data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = _file(data, b"hunter2")
+    gone = data / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert _bytes(read_token(path)) == b"hunter2"
+    with pytest.raises(InputMissingError):
+        read_token(Path("secret"))

@@ -48,9 +48,6 @@ class BackgroundLines:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def close(self) -> None:
         """Give what was said last a moment to be written."""
         with contextlib.suppress(queue.Full):
             self._lines.put_nowait(None)

@@ -8,10 +8,9 @@ import hmac
 import logging
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any, Final
 
 import rich_click as click
@@ -29,7 +28,7 @@ from kms.cli.options import (
 )
 from kms.cli.prompt import Wanted, obtain, obtain_new_passphrase, obtain_passphrase
 from kms.cli.run import run
-from kms.cli.signals import end_by, stop_signals_raise
+from kms.cli.signals import stop_signals_raise
 from kms.client.environment import ADMIN, API, Plane
 from kms.core.secret import Secret
 from kms.errors import ConfigError, InputMissingError
@@ -119,13 +118,13 @@ def command(voice: Voice, /, **flags: Any) -> int:
         logging.basicConfig(handlers=[handler], level=logging.INFO)
         say = partial(_say, lines, voice)
         hangup_stops = _watch_terminal()
-        # Only until the daemon runs: it has its own way to stop.
+        # Only until the daemon runs. Then SIGINT and SIGTERM end the process where it is (`leave_on_signals`), until it is
+        # ready and heeds them itself: nothing interrupts a key derivation, and what is written until then survives that.
         with stop_signals_raise():
             makes_keystore = _is_first_run(config, places)
             api, admin, passphrase = _secrets(places, flags, say, secrets, new=makes_keystore)
         # To the daemon it means to reload; nor may one kill it that comes before it listens for signals, or after.
         secrets.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
-        secrets.enter_context(_leaving_at_once(say, lines))
         from kms.core.derive import KdfParameters
         from kms.server import daemon
 
@@ -149,27 +148,6 @@ def _watch_terminal() -> Callable[[], bool]:
     if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN or not has_terminal():
         return lambda: False
     return lambda: not has_terminal()
-
-
-@contextlib.contextmanager
-def _leaving_at_once(say: Callable[[str], None], lines: BackgroundLines) -> Iterator[None]:
-    """Have SIGINT and SIGTERM end the process where it is, until the daemon is ready and listens for them itself.
-
-    It may be in the midst of the key derivation, which nothing interrupts. What it writes until then, a keystore or the
-    repair of a log, is made to survive that.
-    """
-
-    def leave(number: int, _frame: FrameType | None) -> None:
-        say(f"stopped at once by {signal.Signals(number).name}")
-        lines.close()
-        end_by(number)
-
-    before = {number: signal.signal(number, leave) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _is_first_run(config: ServerConfig, places: Places) -> bool:

@@ -35,11 +35,7 @@ def leave_on_signals() -> None:
 
 
 def _leave(number: int, _frame: FrameType | None) -> NoReturn:
-    end_by(number)
-
-
-def end_by(number: int) -> NoReturn:
-    """End this process at once by a signal, as whoever waits for it expects: to systemd that is no failure, a status is."""
+    # By the signal itself, as whoever waits for it expects: to systemd that is no failure, a status would be.
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
     os._exit(128 + number)  # process 1 is still here

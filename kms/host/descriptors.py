@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import re
@@ -12,22 +13,27 @@ from kms.errors import InputError
 
 STANDARD_INPUT: Final = Path("/dev/stdin")
 
-_DESCRIPTOR: Final = re.compile(r"/(?:dev/fd|proc/(?:self|thread-self|[0-9]+)/fd)/([0-9]{1,9})")
+_DESCRIPTOR: Final = re.compile(r"/(?:dev/fd|proc/(?:self|thread-self|(?P<process>[0-9]+))/fd)/(?P<number>[0-9]{1,9})")
 _STANDARD: Final = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _MOST_LINKS: Final = 40
 
 
 def descriptor_named(path: Path) -> int | None:
     """The number of the descriptor that `path` names, by way of symbolic links too."""
+    current = path
+    if not path.is_absolute():
+        # Of a directory that was removed there is no path.
+        with contextlib.suppress(OSError):
+            current = Path.cwd() / path
     # One link after the other: what lies behind the last, in /proc, is no path.
-    current = Path.cwd() / path
     for _ in range(_MOST_LINKS):
         text = os.path.normpath(current)
         if text in _STANDARD:
             return _STANDARD[text]
         found = _DESCRIPTOR.fullmatch(text)
-        if found is not None:
-            return int(found[1])
+        # Of another process it is a file like any other.
+        if found is not None and found["process"] in (None, str(os.getpid())):
+            return int(found["number"])
         try:
             current = current.parent / current.readlink()
         except OSError:
