@@ -166,6 +166,13 @@ def test_a_flag_wins_over_the_variable_which_is_cleared_all_the_same(
     assert "KMS_TEST_SECRET" not in os.environ
 
 
+@pytest.mark.parametrize("flag", ["", " "])
+def test_a_blank_flag_is_an_error_and_no_reason_to_take_another_secret(flag: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KMS_TEST_SECRET", "from-environment")
+    with pytest.raises(ConfigError, match="--token-file: name a file"):
+        prompt.obtain(token(None, flag))
+
+
 def test_what_is_not_needed_is_not_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     def look() -> Path | None:
         raise AssertionError("the variable has it")
@@ -203,7 +210,7 @@ def test_it_is_told_how_weak_a_new_passphrase_is_and_nothing_of_a_better_one(mon
     monkeypatch.setenv("KMS_TEST_UNSET", "aaaaaaaa1")
     prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False).wipe()
     (line,) = told
-    assert "the passphrase is weak: at 10,000 guesses a second" in line
+    assert "the passphrase is weak: at 1,000,000 guesses a second" in line
     monkeypatch.setenv("KMS_TEST_UNSET", "correct horse battery staple")
     prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False).wipe()
     assert told == [line]

@@ -27,10 +27,10 @@ def test_a_character_more_never_makes_one_weaker(text: str, more: str) -> None:
 
 
 def test_the_time_is_told_in_the_unit_that_fits() -> None:
-    assert [time_to_guess(number) for number in (1, 20, 30, 36, 44)] == [
+    assert [time_to_guess(number) for number in (1, 27, 37, 43, 51)] == [
         "a moment",
-        "105 seconds",
-        "30 hours",
-        "80 days",
-        "56 years",
+        "2 minutes",
+        "38 hours",
+        "102 days",
+        "71 years",
     ]

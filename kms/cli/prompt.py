@@ -33,6 +33,7 @@ from kms.limits import MAX_SECRET_BYTES, MIN_PASSPHRASE_CHARACTERS
 TERMINAL: Final = terminal.PATH
 """The terminal itself: standard input may be the data."""
 
+_INPUT_FLAGS: Final = 0
 _LOCAL_FLAGS: Final = 3
 _LONGEST_LINE: Final = 4096
 """What the kernel keeps of a typed line, its end included; the rest of a longer one is dropped without a word."""
@@ -87,10 +88,17 @@ def obtain_passphrase(wanted: Wanted) -> Passphrase:
     return _ask_passphrase(wanted.name, wanted.remedy)
 
 
-def obtain_new_passphrase(wanted: Wanted, warn: Callable[[str], None], *, allow_weak: bool) -> Passphrase:
+def obtain_new_passphrase(
+    wanted: Wanted,
+    warn: Callable[[str], None],
+    *,
+    allow_weak: bool = False,
+    weak_remedy: str = "give --allow-weak",
+) -> Passphrase:
     """A passphrase that something is to be under; typed twice. `warn` is told how weak a weak one is.
 
-    Raises what `obtain` raises, and `InputError` for one of less than 8 characters unless `allow_weak`.
+    Raises what `obtain` raises, and `InputError` for one of less than 8 characters unless `allow_weak`; `weak_remedy` is
+    how somebody can have that all the same.
     """
     value, path = _given(wanted)
     if value is not None:
@@ -103,20 +111,25 @@ def obtain_new_passphrase(wanted: Wanted, warn: Callable[[str], None], *, allow_
     try:
         if new.complaint is not None:
             raise InputError(new.complaint)
-        _judge(new, wanted.name, warn, allow_weak=allow_weak)
+        if not allow_weak:
+            _check_length(new, wanted.name, weak_remedy)
+        _warn_of_weakness(new, wanted.name, warn)
     except BaseException:
         new.wipe()
         raise
     return new
 
 
-def _judge(new: Passphrase, name: str, warn: Callable[[str], None], *, allow_weak: bool) -> None:
+def _check_length(new: Passphrase, name: str, weak_remedy: str) -> None:
     length = sum(1 for _ in secret_input.characters(new))
-    if length < MIN_PASSPHRASE_CHARACTERS and not allow_weak:
+    if length < MIN_PASSPHRASE_CHARACTERS:
         raise InputError(
             f"the {name} has only {length} characters; take {MIN_PASSPHRASE_CHARACTERS} at least, better several words, "
-            "or give --allow-weak"
+            f"or {weak_remedy}"
         )
+
+
+def _warn_of_weakness(new: Passphrase, name: str, warn: Callable[[str], None]) -> None:
     bits = strength.bits(secret_input.characters(new))
     if bits < strength.WEAK_BITS:
         warn(
@@ -129,27 +142,22 @@ def _given(wanted: Wanted) -> tuple[bytearray | None, Path | None]:
     """The value of the variable, or else the file; neither where it has to be typed."""
     # It goes from the environment whether it is used or not.
     value = take_environment(wanted.variable)
-    path = secret_path(wanted.flag)
-    if path is None and value:
+    if wanted.flag is None and value:
         return value, None
     if value:
         Secret(value).wipe()
-    if path is None:
-        path = wanted.file()
-    return None, path
+    if wanted.flag is None:
+        return None, wanted.file()
+    if not wanted.flag.strip():
+        # From an unset variable of a script: no reason to take another secret than was meant.
+        raise ConfigError(f"{wanted.option}: name a file; - is standard input")
+    return None, STANDARD_INPUT if wanted.flag == "-" else Path(wanted.flag)
 
 
 def _is_typed(path: Path) -> bool:
     """Whether it names a terminal, where a secret is asked for without an echo."""
     number = descriptor_named(path)
     return number is not None and os.isatty(number)
-
-
-def secret_path(text: str | None) -> Path | None:
-    """The file that is named where a secret is to be read from; `-` is standard input."""
-    if not text:
-        return None
-    return STANDARD_INPUT if text == "-" else Path(text)
 
 
 @contextlib.contextmanager
@@ -252,6 +260,8 @@ class _Question:
         self._is_asked = False
         self._handlers: dict[int, Any] = {}
         self._before = termios.tcgetattr(descriptor)
+        self._asking: list[Any] | None = None
+        """The modes that are set while it is asked."""
 
     def __enter__(self) -> None:
         # Only the main thread has signals.
@@ -275,20 +285,35 @@ class _Question:
     def _leave(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        if self._is_silent:
-            # A terminal that is gone has no modes any more, and nobody to show a line end to.
-            with contextlib.suppress(termios.error, OSError):
-                self._set(self._before)
+        # A terminal that is gone has no modes any more, and nobody to show a line end to.
+        with contextlib.suppress(termios.error, OSError):
+            self._set(self._before)
+            if self._is_silent:
                 os.write(self._descriptor, b"\n")
 
     def _ask(self) -> None:
+        self._is_asked = False
+        self._wait_for_foreground()
+        found = termios.tcgetattr(self._descriptor)
+        if found != self._asking:
+            # Not those from before it was stopped: a shell that edits a line has the terminal in modes of its own.
+            self._before = found
         modes = list(self._before)
+        # Line mode, signals and erase on: the kernel edits the line, Enter ends it, and Ctrl-C still interrupts.
+        modes[_INPUT_FLAGS] = (modes[_INPUT_FLAGS] & ~(termios.IGNCR | termios.INLCR)) | termios.ICRNL
+        modes[_LOCAL_FLAGS] |= termios.ICANON | termios.ISIG
         if self._is_silent:
-            # Echo off, but line mode, signals and erase on: the kernel edits the line, and Ctrl-C still interrupts.
-            modes[_LOCAL_FLAGS] = (modes[_LOCAL_FLAGS] & ~termios.ECHO) | termios.ICANON | termios.ISIG
+            modes[_LOCAL_FLAGS] &= ~termios.ECHO
         self._set(modes)
+        self._asking = termios.tcgetattr(self._descriptor)
         os.write(self._descriptor, self._question)
         self._is_asked = True
+
+    def _wait_for_foreground(self) -> None:
+        """Stop, as who reads from the background is stopped, before the terminal is looked at."""
+        with contextlib.suppress(OSError):  # it is not the controlling one
+            if os.tcgetpgrp(self._descriptor) != os.getpgrp():
+                os.kill(os.getpid(), signal.SIGTTIN)
 
     def _set(self, modes: list[Any]) -> None:
         while True:
@@ -313,4 +338,5 @@ class _Question:
             self._ask()
 
     def _resume(self, _number: int, _frame: FrameType | None) -> None:
-        self._ask()
+        if self._is_asked:
+            self._ask()

@@ -197,7 +197,10 @@ def _secrets(
         lambda: places.passphrase_file,
         allow_group=allow_group,
     )
-    passphrase = obtain_new_passphrase(wanted, say, allow_weak=False) if new else obtain_passphrase(wanted)
+    if new:
+        passphrase = obtain_new_passphrase(wanted, say, weak_remedy="make the keystore with: kms-admin init --allow-weak")
+    else:
+        passphrase = obtain_passphrase(wanted)
     return api, admin, wiped.enter_context(passphrase)
 
 

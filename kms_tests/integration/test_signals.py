@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pty
 import re
@@ -82,6 +83,17 @@ def shell_at_a_terminal(machine: Machine) -> Iterator[Screen]:
             process.kill()
 
 
+def _of_init(machine: Machine) -> list[int]:
+    """The processes of a `kms-admin init` on this machine."""
+    found = []
+    for process in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            command = (process / "cmdline").read_bytes().split(b"\0")
+            if b"init" in command and (process / "cwd").samefile(machine.root):
+                found.append(int(process.name))
+    return sorted(found)
+
+
 @pytest.mark.parametrize("stop", ["\x1a", "a kill -STOP"])
 def test_a_prompt_that_was_stopped_asks_again_and_shows_no_passphrase(bare: Machine, stop: str) -> None:
     with shell_at_a_terminal(bare) as screen:
@@ -90,8 +102,7 @@ def test_a_prompt_that_was_stopped_asks_again_and_shows_no_passphrase(bare: Mach
         if stop == "\x1a":
             screen.type(stop)
         else:
-            found = subprocess.run(["pgrep", "-f", "kms.cli.start.*init"], capture_output=True, check=True).stdout
-            os.kill(int(found.split()[-1]), signal.SIGSTOP)
+            os.kill(_of_init(bare)[-1], signal.SIGSTOP)
         screen.shows("Stopped")
         screen.shows("@ ")
         screen.type("fg\n")
@@ -104,6 +115,20 @@ def test_a_prompt_that_was_stopped_asks_again_and_shows_no_passphrase(bare: Mach
         screen.type("stty -a | tr ' ' '\\n' | grep -x -e echo -e -echo\n")
         assert "\r\necho\r\n" in screen.shows("@ ")
     assert bare.keystore.exists()
+
+
+def test_a_prompt_in_the_background_waits_and_is_answered_in_the_foreground(bare: Machine) -> None:
+    with shell_at_a_terminal(bare) as screen:
+        screen.type("kms-admin init &\n")
+        # By then the shell edits its next line, with the terminal in modes of its own.
+        eventually("it is there", lambda: bool(_of_init(bare)))
+        status = Path(f"/proc/{_of_init(bare)[-1]}/stat")
+        eventually("it is stopped", lambda: status.read_text().rpartition(")")[2].split()[0] == "T")
+        screen.type("fg\n")
+        for question in ("passphrase: ", "passphrase again: "):
+            assert screen.shows(question).count("passphrase") == 1, "it asks once"
+            screen.type(PASSPHRASE + "\n")
+        assert PASSPHRASE not in screen.shows("keystore ")
 
 
 @pytest.mark.parametrize(("key", "status"), [("\x03", 130), ("\x1c", 131)])
