@@ -54,9 +54,20 @@ def after(prologue: str | None, command: list[str]) -> list[str]:
     return [sys.executable, "-S", "-c", f"{prologue}\nimport os, sys\nos.execv(sys.argv[1], sys.argv[1:])", *command]
 
 
+_BEGIN: Final = """
+import sys
+from importlib.util import find_spec
+if find_spec("kms.cli.start"):
+    from kms.cli.start import {name} as main
+else:  # a checkout that is older than that, to compare with
+    from kms.cli.{name} import main
+sys.exit(main())
+"""
+
+
 def program(name: str, change: str = "") -> list[str]:
     """How to run `client`, `admin` or `server`, installed or not; `change` is Python that it runs before it begins."""
-    return [sys.executable, "-c", f"{change}\nimport sys; from kms.cli.start import {name}; sys.exit({name}())"]
+    return [sys.executable, "-c", f"{change}{_BEGIN.format(name=name)}"]
 
 
 def measured(
