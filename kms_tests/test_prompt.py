@@ -116,10 +116,10 @@ def test_end_of_input_aborts(terminal: tuple[int, int]) -> None:
 def test_an_interrupted_prompt_brings_the_echo_back(terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     before = termios.tcgetattr(terminal[1])
 
-    def interrupted(_descriptor: int, _buffers: list[bytearray]) -> int:
+    def interrupted(*_: object) -> object:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "readv", interrupted)
+    monkeypatch.setattr("kms.cli.prompt.select.select", interrupted)
     with pytest.raises(KeyboardInterrupt):
         prompt.ask("passphrase", "remedy")
     assert termios.tcgetattr(terminal[1]) == before

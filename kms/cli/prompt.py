@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 import signal
 import termios
 import threading
@@ -17,7 +18,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Final
+from typing import Any, Final, Self
 
 import rich_click as click
 
@@ -195,7 +196,8 @@ def _answer(told: str, question: str, remedy: str) -> bytes:
     with _terminal(f"no terminal to confirm this at; {remedy}") as descriptor:
         lines = [*told.split("\n"), question.rstrip()]
         text = "\n".join(fitted(line, descriptor) for line in lines) + " "
-        with _Question(descriptor, text, is_silent=False):
+        with _Question(descriptor, text, is_silent=False) as asked:
+            asked.wait()
             return os.read(descriptor, MAX_SECRET_BYTES).strip()
 
 
@@ -233,7 +235,8 @@ def _typed(name: str, remedy: str) -> tuple[bytearray, int]:
     with _terminal(f"no terminal to ask for the {name} at; {remedy}") as descriptor:
         buffer = bytearray(_LONGEST_LINE)
         try:
-            with _Question(descriptor, f"{name}: ", is_silent=True):
+            with _Question(descriptor, f"{name}: ", is_silent=True) as asked:
+                asked.wait()
                 length = os.readv(descriptor, [buffer])
         except BaseException:
             Secret(buffer).wipe()
@@ -257,15 +260,23 @@ class _Question:
         self._descriptor = descriptor
         self._question = question.encode("utf-8", "backslashreplace")
         self._is_silent = is_silent
-        self._is_asked = False
+        self._is_asking = self._was_continued = False
+        self._times = 0
+        self._woken = -1
+        """Readable once a signal has come."""
+        self._pipe = contextlib.ExitStack()
         self._handlers: dict[int, Any] = {}
         self._before = termios.tcgetattr(descriptor)
-        self._asking: list[Any] | None = None
-        """The modes that are set while it is asked."""
+        self._modes: list[Any] | None = None
+        """Those that are set while it is asked."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         # Only the main thread has signals.
         if threading.current_thread() is threading.main_thread():
+            self._woken, waker = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            self._pipe.callback(os.close, self._woken)
+            self._pipe.callback(os.close, waker)
+            self._pipe.callback(signal.set_wakeup_fd, signal.set_wakeup_fd(waker, warn_on_full_buffer=False))
             for number, handler in (
                 (signal.SIGTSTP, self._suspend),
                 (signal.SIGQUIT, self._suspend),
@@ -278,6 +289,18 @@ class _Question:
         except BaseException:
             self._leave()
             raise
+        return self
+
+    def wait(self) -> None:
+        """Return once there is an answer to read.
+
+        Not by reading: a signal that comes between the interpreter's last look for one and the system call would be heeded
+        only with the next line.
+        """
+        waited_for = [self._descriptor, *([self._woken] if self._woken >= 0 else [])]
+        while self._descriptor not in (ready := select.select(waited_for, [], [])[0]):
+            if ready:
+                os.read(self._woken, _LONGEST_LINE)
 
     def __exit__(self, *_: object) -> None:
         self._leave()
@@ -285,6 +308,7 @@ class _Question:
     def _leave(self) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        self._pipe.close()
         # A terminal that is gone has no modes any more, and nobody to show a line end to.
         with contextlib.suppress(termios.error, OSError):
             self._set(self._before)
@@ -292,10 +316,19 @@ class _Question:
                 os.write(self._descriptor, b"\n")
 
     def _ask(self) -> None:
-        self._is_asked = False
-        self._wait_for_foreground()
+        while True:
+            self._is_asking = True
+            self._wait_for_foreground()
+            self._was_continued = False
+            self._put()
+            self._is_asking = False
+            # Stopped and continued since: by now the modes may be the shell's again. Who looks at it later, sees no asking.
+            if not self._was_continued:
+                return
+
+    def _put(self) -> None:
         found = termios.tcgetattr(self._descriptor)
-        if found != self._asking:
+        if found != self._modes:
             # Not those from before it was stopped: a shell that edits a line has the terminal in modes of its own.
             self._before = found
         modes = list(self._before)
@@ -305,9 +338,9 @@ class _Question:
         if self._is_silent:
             modes[_LOCAL_FLAGS] &= ~termios.ECHO
         self._set(modes)
-        self._asking = termios.tcgetattr(self._descriptor)
+        self._modes = termios.tcgetattr(self._descriptor)
+        self._times += 1
         os.write(self._descriptor, self._question)
-        self._is_asked = True
 
     def _wait_for_foreground(self) -> None:
         """Stop, as who reads from the background is stopped, before the terminal is looked at."""
@@ -329,14 +362,15 @@ class _Question:
 
     def _suspend(self, number: int, _frame: FrameType | None) -> None:
         self._set(self._before)
-        self._is_asked = False
+        times = self._times
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
         # Here it goes on. Where nobody could continue it, the kernel has not stopped it either.
         signal.signal(number, self._suspend)
-        if not self._is_asked:
+        if self._times == times and not self._is_asking:
             self._ask()
 
     def _resume(self, _number: int, _frame: FrameType | None) -> None:
-        if self._is_asked:
+        self._was_continued = True
+        if not self._is_asking:
             self._ask()
