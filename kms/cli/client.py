@@ -106,8 +106,8 @@ def generate_data_key(settings: Settings, key: str | None, aad: bytes) -> None:
     if settings.json:
         render.document(plaintextDataKey=data_key.plaintext, wrappedDataKey=data_key.wrapped)
     else:
-        render.text(f"plaintextDataKey: {_base64(data_key.plaintext)}")
-        render.text(f"wrappedDataKey: {_base64(data_key.wrapped)}")
+        render.to_copy(f"plaintextDataKey: {_base64(data_key.plaintext)}")
+        render.to_copy(f"wrappedDataKey: {_base64(data_key.wrapped)}")
 
 
 @command.command(

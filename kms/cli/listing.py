@@ -235,4 +235,5 @@ def _show(table: Table, *, pages: bool) -> None:
     if drawn.getvalue().count("\n") < shutil.get_terminal_size().lines:
         console.print(table)
     else:
-        click.echo_via_pager(drawn.getvalue(), color=True)
+        # Whether the pager shows colours is for click to find out: it tells less to, and takes them out for another.
+        click.echo_via_pager(drawn.getvalue())

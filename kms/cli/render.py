@@ -68,6 +68,11 @@ def text(line: str) -> None:
     click.echo(fitted(one_line(line), 1))
 
 
+def to_copy(line: str, *, err: bool = False) -> None:
+    """One line that is to be pasted as it is: it is never broken; on standard error with `err`."""
+    click.echo(one_line(line), err=err)
+
+
 def remark(line: str) -> None:
     """One line of plain text for whoever watches: standard output is for the result."""
     click.echo(fitted(one_line(line), 2), err=True)

@@ -189,7 +189,7 @@ def new_token(settings: Settings, name: str, target: str | None) -> None:
                 render.document(principal=name, token=str(token, "ascii"), tokenSha256=digest)
                 return
             # First: a token whose digest nobody has is of no use.
-            render.remark(line)
+            render.to_copy(line, err=True)
             render.octets(token)
             return
         path = Path(target)
@@ -199,7 +199,7 @@ def new_token(settings: Settings, name: str, target: str | None) -> None:
     if settings.json:
         render.document(principal=name, tokenFile=path, tokenSha256=digest)
     else:
-        render.text(line)
+        render.to_copy(line)
 
 
 @click.command("change-passphrase", epilog=examples("kms-admin change-passphrase --keystore ~/.mini-kms/keystore.json"))
