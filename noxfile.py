@@ -16,6 +16,7 @@ import nox
 ROOT = Path(__file__).parent
 PROJECT = nox.project.load_toml("pyproject.toml")
 DEVELOPMENT = Path(".dev")
+SOCKET_PATH_BYTES = 107
 UNIT_TESTS = ("pytest", "--ignore-glob=kms_tests/*/*")
 """What lies in the directories under kms_tests/ drives real programs or takes long, and has sessions of its own."""
 INTEGRATION_TESTS = ("pytest", "kms_tests/integration", "kms_tests/transcripts")
@@ -142,18 +143,20 @@ def minimums(session: nox.Session) -> None:
 def serve(session: nox.Session) -> None:
     """A server to try things with; its passphrase, tokens and keystore are made in .dev/ on the first run."""
     _install_unless_installed(session)
-    # Relative, since a Unix socket's path may not be longer than 107 bytes and a checkout may lie deep.
     os.chdir(ROOT)
+    directory = DEVELOPMENT.absolute()
+    socket = directory / "kms.sock"
     # A setting or a secret of the user's own is not to get in here.
     places = dict.fromkeys(name for name in os.environ if name.startswith("MINIKMS_")) | {
-        "MINIKMS_KEYSTORE": str(DEVELOPMENT / "keystore.json"),
-        "MINIKMS_API_TOKEN_FILE": str(DEVELOPMENT / "api.token"),
-        "MINIKMS_ADMIN_TOKEN_FILE": str(DEVELOPMENT / "admin.token"),
-        "MINIKMS_PASSPHRASE_FILE": str(DEVELOPMENT / "passphrase"),
-        "MINIKMS_UNIX_SOCKET": str(DEVELOPMENT / "kms.sock"),
+        "MINIKMS_KEYSTORE": str(directory / "keystore.json"),
+        "MINIKMS_API_TOKEN_FILE": str(directory / "api.token"),
+        "MINIKMS_ADMIN_TOKEN_FILE": str(directory / "admin.token"),
+        "MINIKMS_PASSPHRASE_FILE": str(directory / "passphrase"),
+        # A checkout may lie deeper than the path of a Unix socket may be long; then the programs find it from here alone.
+        "MINIKMS_UNIX_SOCKET": str(socket if len(os.fsencode(socket)) <= SOCKET_PATH_BYTES else DEVELOPMENT / "kms.sock"),
         "MINIKMS_TCP_PORT": "9123",
         # What else has its place in the data directory, such as a file of principals, is not to come from the real one.
-        "XDG_DATA_HOME": str(DEVELOPMENT.absolute()),
+        "XDG_DATA_HOME": str(directory),
     }
     _make_private(DEVELOPMENT, DEVELOPMENT / "passphrase")
     if not (DEVELOPMENT / "keystore.json").exists():
@@ -176,8 +179,9 @@ def _install_unless_installed(session: nox.Session) -> None:
 
 
 def _make_private(directory: Path, passphrase: Path) -> None:
-    directory.mkdir(mode=0o700, exist_ok=True)
-    directory.chmod(0o700)
+    for private in (directory, directory / "mini-kms"):
+        private.mkdir(mode=0o700, exist_ok=True)
+        private.chmod(0o700)
     if not passphrase.exists():
         descriptor = os.open(passphrase, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
@@ -186,7 +190,7 @@ def _make_private(directory: Path, passphrase: Path) -> None:
 
 def _environment(programs: Path, places: dict[str, str | None]) -> str:
     """What `. .dev/env` does in a shell: the server's programs come first, and find it, its tokens and its files."""
-    data = DEVELOPMENT / "mini-kms"
+    data = DEVELOPMENT.absolute() / "mini-kms"
     found = places | {"MINIKMS_PRINCIPALS": str(data / "principals.toml"), "MINIKMS_AUDIT_LOG": str(data / "audit.log")}
     lines = [
         # Values that would win over these files.
@@ -200,6 +204,8 @@ def _environment(programs: Path, places: dict[str, str | None]) -> str:
 _LINES_TO_PASTE = """
 In a second terminal, in this directory:  . .dev/env
 Then the programs find this server:       kms-client health
+Who may do what, once you want to say it: .dev/mini-kms/principals.toml (docs/team.rst)
+Flags of kms-server stand behind --:      ./scripts/dev serve -- --no-principals
 Ctrl-C here stops it.
 """
 

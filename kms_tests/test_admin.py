@@ -502,9 +502,25 @@ def test_explain_takes_the_file_it_is_told_and_knows_only_who_is_in_it(
     assert 'principals.payroll: unknown key "tokens"' in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("operation", ["Ping", "encrypt", "*"])
+@pytest.mark.parametrize("operation", ["Ping", "encryp", "*"])
 def test_explain_knows_the_operations_of_the_wire(principals: Path, operation: str) -> None:
     assert main(["explain", "--principal", "billing", "--operation", operation, "--key", "a"]) == 64
+
+
+@pytest.mark.parametrize("operation", ["Health", "status", "RELOAD"])
+def test_explain_needs_a_key_group_only_for_what_is_on_one(
+    principals: Path, operation: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "--principal", "billing", "--operation", operation]) == (0 if operation == "Health" else 1)
+    assert main(["explain", "--principal", "billing", "--operation", "Decrypt"]) == 64
+    assert "name the key group" in capsys.readouterr().err
+
+
+def test_explain_says_what_it_means_that_there_is_no_file_of_principals(
+    home: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["explain", "a", "--principal", "billing", "--operation", "Encrypt"]) == 66
+    assert "without which a shared token may do everything on its plane; name another with" in capsys.readouterr().err
 
 
 @pytest.fixture

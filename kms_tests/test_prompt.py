@@ -96,7 +96,7 @@ def test_a_new_secret_is_asked_for_twice(terminal: tuple[int, int]) -> None:
 def test_two_inputs_that_differ_are_refused(terminal: tuple[int, int]) -> None:
     told: list[str] = []
     Person(terminal[0], [b"hunter2 hunter\n", b"hunter3 hunter\n"])
-    with pytest.raises(ConfigError, match="differ") as refusal:
+    with pytest.raises(ConfigError, match="was not typed twice the same") as refusal:
         prompt.obtain_new_passphrase(PASSPHRASE, told.append, allow_weak=False)
     assert "hunter" not in str(refusal.value)
 
@@ -120,9 +120,31 @@ def test_an_interrupted_prompt_brings_the_echo_back(terminal: tuple[int, int], m
         raise KeyboardInterrupt
 
     monkeypatch.setattr("kms.cli.prompt.select.select", interrupted)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(click.Abort):
         prompt.ask("passphrase", "remedy")
     assert termios.tcgetattr(terminal[1]) == before
+
+
+@pytest.mark.parametrize("typed", [b"\x04", None])
+def test_a_question_that_nobody_answers_ends_its_line(
+    typed: bytes | None, terminal: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> object:
+        raise KeyboardInterrupt
+
+    if typed is None:
+        monkeypatch.setattr("kms.cli.prompt.select.select", interrupted)
+    person = Person(terminal[0], [] if typed is None else [typed])
+    with pytest.raises(click.Abort):
+        prompt.confirm("It is gone then.", "remedy")
+    assert person.leave().endswith(b"Type yes to go on: \r\n")
+
+
+def test_a_new_one_that_is_too_short_has_not_to_be_typed_again(terminal: tuple[int, int]) -> None:
+    person = Person(terminal[0], [b"hunter2\n"])
+    with pytest.raises(InputError, match="has only 7 characters"):
+        prompt.obtain_new_passphrase(PASSPHRASE, lambda _: None)
+    assert b"again" not in person.leave()
 
 
 @pytest.mark.usefixtures("no_terminal")

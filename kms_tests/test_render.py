@@ -133,10 +133,21 @@ def test_a_group_is_described_whole(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_trial_that_is_not_over_says_when_it_will_be() -> None:
     trial = TimedDisable("admin", NOW, NOW + 7200)
-    assert render.timed_disable(trial, NOW)[1:] == [
+    assert render.timed_disable(trial, "DISABLED", NOW)[1:] == [
         "enabled    in 2 hours (2027-01-15 10:00:00 UTC)",
         "refused    nobody",
     ]
+    assert render.timed_disable(trial, "DISABLED", NOW + 6902)[1] == (
+        "enabled    in 4 minutes 58 seconds (2027-01-15 10:00:00 UTC)"
+    )
+
+
+def test_a_version_that_was_disabled_for_good_meanwhile_is_told_so() -> None:
+    trial = TimedDisable("admin", NOW - 100, NOW + 7200, {}, NOW - 40)
+    assert render.timed_disable(trial, "DISABLED", NOW)[1].startswith("ended      40 seconds ago (")
+    assert render.timed_disable(trial, "DISABLED", NOW)[1].endswith("; it is disabled for good")
+    assert render.timed_disable(trial, "DESTROYED", NOW)[1].endswith("; it is destroyed")
+    assert render.timed_disable(trial, "ENABLED", NOW)[1].endswith(" UTC)")
 
 
 def test_json_escapes_what_a_terminal_would_obey_and_what_is_no_utf_8(capsys: pytest.CaptureFixture[str]) -> None:

@@ -80,7 +80,6 @@ def ended(**refused: Refusals) -> TimedDisable:
 QUIET = {
     "disabled, and not used for a week": Described(last_used_epoch_sec=NOW - 7 * DAY, last_used_by="billing"),
     "disabled, and never used in a week that was counted": Described(since_epoch_sec=NOW - 7 * DAY),
-    "destroyed already": Described("DESTROYED"),
     "nobody was refused while it was disabled for a time": Described(
         "ENABLED", last_used_epoch_sec=NOW - 10 * DAY, last_used_by="billing", timed_disable=ended()
     ),
@@ -98,6 +97,24 @@ def test_a_version_that_nobody_would_miss_is_destroyed_for_a_yes(client: Describ
     retiring.confirm_destruction(client, "billing", 1)
     assert asked.wants == "yes"
     assert "never be undone" in asked.question
+
+
+def test_of_a_version_that_is_destroyed_already_nothing_is_asked(asked: Asked) -> None:
+    retiring.confirm_destruction(Described("DESTROYED"), "billing", 1)
+    assert asked.question == ""
+
+
+@pytest.mark.parametrize(
+    ("client", "why"),
+    [
+        (MISSED["used within the week"], "That is less than 7 days ago."),
+        (MISSED["counted for less than a week"], "That is less than 7 days, and who used it before nobody knows."),
+        (MISSED["never disabled"], "It was not disabled first"),
+    ],
+)
+def test_it_is_told_why_the_name_is_wanted(client: Described, why: str, asked: Asked) -> None:
+    retiring.confirm_destruction(client, "billing", 1)
+    assert why in asked.question
 
 
 @pytest.mark.parametrize("client", MISSED.values(), ids=MISSED)
@@ -254,7 +271,9 @@ def test_at_a_terminal_it_counts_down_in_one_line(
     client = Waiting(clock, NOW + 60)
     with a_terminal(monkeypatch, 40):
         retiring.wait_until_enabled(client, "bill\x1bing" * 20, 1, client.trial)
-    lines = capsys.readouterr().err.replace(" \b", "").strip("\r\n").split("\r")
+    shown = capsys.readouterr().err
+    *lines, gone, after = shown.replace(" \b", "").removeprefix("\r").split("\r")
+    assert (gone.strip(), after) == ("", ""), "what comes next stands where it was"
     assert lines[0].startswith("0:01:00 until bill\\x1bing")
     assert len(lines) == 60
     assert max(map(len, lines)) < 40, "a line that is wrapped is not overwritten"

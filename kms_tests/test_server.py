@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,9 @@ from kms.cli.server import main
 from kms.core.secret import Secret
 from kms.errors import KeystoreLockedError
 from kms.server import daemon
+from kms.storage.file import KeystoreLock
+
+API, ADMIN = "an API token of some length", "an admin token of some length"
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +28,7 @@ def environment(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name)
     monkeypatch.setenv("XDG_DATA_HOME", str(data))
     monkeypatch.setattr(prompt, "TERMINAL", str(data / "no-tty"))
-    for name, value in (("PASSPHRASE", "hunter2"), ("API_TOKEN", "api"), ("ADMIN_TOKEN", "admin")):
+    for name, value in (("PASSPHRASE", "hunter2"), ("API_TOKEN", API), ("ADMIN_TOKEN", ADMIN)):
         monkeypatch.setenv(f"MINIKMS_{name}", value)
     (data / "mini-kms").mkdir(mode=0o700)
     for keystore in (data / "mini-kms" / "keystore.json", data / "ks.json"):
@@ -56,7 +61,7 @@ def test_the_daemon_gets_configuration_and_secrets_and_gives_the_status(
     config, *rest = started
     assert (config.tcp_port, config.unix_socket, config.keystore) == (0, None, data / "ks.json")
     *secrets, handler = rest
-    assert secrets == [b"hunter2", b"api", b"admin"]
+    assert secrets == [b"hunter2", API.encode(), ADMIN.encode()]
     assert handler is before
     assert "kms-server: ready on\\nsomething\n" in capfd.readouterr().err
 
@@ -80,7 +85,7 @@ def test_a_bad_configuration_is_one_line_and_64(
 def test_equal_tokens_are_refused(
     started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", "api")
+    monkeypatch.setenv("MINIKMS_ADMIN_TOKEN", API)
     assert main([]) == 64
     assert "the same" in capsys.readouterr().err
     assert started == []
@@ -100,7 +105,7 @@ def test_the_passphrase_is_typed_twice_on_the_first_run_only(
         return bytearray(b"correct horse\n"), 14
 
     monkeypatch.setattr(prompt, "_typed", typed)
-    assert main(["--keystore", str(data / "ks.json")]) == 7
+    assert main(["--tcp-port", "0", "--keystore", str(data / "ks.json")]) == 7
     assert asked == (["passphrase"] if exists else ["passphrase", "passphrase again"])
 
 
@@ -132,6 +137,56 @@ def test_a_first_run_where_there_was_a_keystore_makes_none_either(
     assert started == []
 
 
+def test_a_first_run_makes_the_tokens_that_nothing_gives_and_says_where(
+    started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (data / "ks.json").unlink()
+    for name in ("PASSPHRASE", "API_TOKEN", "ADMIN_TOKEN"):
+        monkeypatch.delenv(f"MINIKMS_{name}")
+    monkeypatch.setattr(prompt, "_typed", lambda *_: (bytearray(b"correct horse battery\n"), 22))
+    assert main(["--tcp-port", "0", "--keystore", str(data / "ks.json")]) == 7
+    said = capfd.readouterr().err
+    for token, name, article in zip(started[2:4], ("api.token", "admin.token"), ("API", "admin"), strict=True):
+        path = data / "mini-kms" / name
+        assert path.read_bytes() == token + b"\n"
+        assert path.stat().st_mode & 0o777 == 0o600
+        assert f"made an {article} token in {path}" in said
+
+
+def test_a_token_that_has_to_be_typed_is_explained_and_a_short_one_told(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MINIKMS_API_TOKEN")
+    monkeypatch.setattr(prompt, "_typed", lambda *_: (bytearray(b"short\n"), 6))
+    assert main(["--tcp-port", "0"]) == 7
+    assert started[2] == b"short"
+    said = capfd.readouterr().err
+    assert "api.token: type the one that clients are to show. It is not kept" in said
+    assert "the API token is short" in said
+
+
+@pytest.mark.parametrize("taken", ["port", "keystore"])
+def test_where_another_server_runs_nobody_is_asked_for_a_secret(
+    taken: str, data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MINIKMS_PASSPHRASE")
+
+    def typed(*_: object) -> tuple[bytearray, int]:
+        raise AssertionError("nobody is to be asked")
+
+    monkeypatch.setattr(prompt, "_typed", typed)
+    with socket.socket() as other, contextlib.ExitStack() as held:
+        other.bind(("127.0.0.1", 0))
+        port = 0
+        if taken == "port":
+            other.listen()
+            port = other.getsockname()[1]
+        else:
+            held.enter_context(KeystoreLock(data / "ks.json"))
+        assert main(["--tcp-port", str(port), "--keystore", str(data / "ks.json")]) in (64, 75)
+    assert ("cannot listen" if taken == "port" else "is in use by process") in capsys.readouterr().err
+
+
 def test_tokens_come_from_files(started: list[Any], data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("MINIKMS_API_TOKEN")
     (data / "token").write_text("from-file\n")
@@ -144,7 +199,7 @@ def test_a_missing_secret_without_a_terminal_names_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MINIKMS_ADMIN_TOKEN")
-    assert main([]) == 64
+    assert main(["--tcp-port", "0"]) == 64
     assert "set MINIKMS_ADMIN_TOKEN, or name a file with --admin-token-file" in capsys.readouterr().err
 
 

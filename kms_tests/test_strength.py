@@ -28,9 +28,9 @@ def test_a_character_more_never_makes_one_weaker(text: str, more: str) -> None:
 
 def test_the_time_is_told_in_the_unit_that_fits() -> None:
     assert [time_to_guess(number) for number in (1, 27, 37, 43, 51)] == [
-        "a moment",
-        "2 minutes",
-        "38 hours",
-        "102 days",
-        "71 years",
+        "at once",
+        "in 2 minutes at the most",
+        "in 38 hours at the most",
+        "in 102 days at the most",
+        "in 71 years at the most",
     ]

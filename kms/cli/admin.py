@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import rich_click as click
 
 from kms.cli import auditing, listing, operating, render, retiring, setup
-from kms.cli.nearest import naming
 from kms.cli.options import (
     HELP,
     Program,
@@ -24,6 +23,7 @@ from kms.cli.options import (
     program_options,
     reachable,
 )
+from kms.cli.refused import naming
 from kms.cli.run import EXIT_INTERRUPTED, run
 from kms.cli.signals import stop_signals_raise
 from kms.client.environment import ADMIN
@@ -41,6 +41,7 @@ _version = click.option("--version", type=VersionNumber(), metavar="N", required
 
 
 @click.group(
+    PROGRAM,
     cls=Program,
     context_settings=HELP,
     epilog=epilog(
@@ -58,8 +59,8 @@ def command(context: click.Context, /, **settings: Any) -> None:
     """Set up mini-kms and manage its keys.
 
     The admin token is in --admin-token-file, else in MINIKMS_ADMIN_TOKEN, else in its usual file. Who has none is known by
-    the user id over a Unix socket, and asked for it over TCP. The server is found at its Unix socket; over TCP only where
-    --tcp or MINIKMS_TCP_PORT says so. These options may stand behind the name of a command, too.
+    the user id over a Unix socket; over TCP the token is asked for. The server is found at its Unix socket; over TCP only
+    where --tcp or MINIKMS_TCP_PORT says so. These options may stand behind the name of a command, too.
     """
     context.obj = Settings(**settings)
 
@@ -82,7 +83,7 @@ def describe_key(settings: Settings, key: str) -> None:
 @click.pass_obj
 def create_key(settings: Settings, key: str) -> None:
     """Make a key group; its version 1 is active."""
-    with connected(settings, ADMIN) as (client, _):
+    with connected(settings, ADMIN) as (client, _), naming(key):
         group = client.create_key_group(key)
     _show_group(settings, group, "created")
 
@@ -119,7 +120,7 @@ def disable_version(settings: Settings, key: str, version: int, seconds: int | N
     """Forbid a version to decrypt, until it is enabled again."""
     if no_wait and seconds is None:
         raise click.UsageError("--no-wait goes with --for; without it the version would be disabled for good")
-    with reachable(settings, ADMIN) as (connect, _), naming(key, connect):
+    with reachable(settings, ADMIN) as (connect, _), naming(key, connect, version):
         with connect() as client:
             detail = client.disable_version(key, version, for_seconds=seconds)
         if seconds is None or no_wait:
@@ -152,7 +153,7 @@ def disable_version(settings: Settings, key: str, version: int, seconds: int | N
 @click.pass_obj
 def enable_version(settings: Settings, key: str, version: int) -> None:
     """Let a disabled version decrypt again."""
-    with _connected_about(settings, key) as client:
+    with _connected_about(settings, key, version) as client:
         detail = client.enable_version(key, version)
     render.detail(settings, detail)
 
@@ -164,7 +165,7 @@ def enable_version(settings: Settings, key: str, version: int) -> None:
 @click.pass_obj
 def destroy_version(settings: Settings, key: str, version: int, *, yes: bool) -> None:
     """Destroy a version's key for good: nothing it encrypted can ever be decrypted again."""
-    with reachable(settings, ADMIN) as (connect, _), naming(key, connect):
+    with reachable(settings, ADMIN) as (connect, _), naming(key, connect, version):
         if not yes:
             retiring.confirm_destruction(connect, key, version)
         with connect() as client:
@@ -173,9 +174,9 @@ def destroy_version(settings: Settings, key: str, version: int, *, yes: bool) ->
 
 
 @contextlib.contextmanager
-def _connected_about(settings: Settings, key: str) -> Iterator[KmsClient]:
-    """A client for what is asked about one key group."""
-    with reachable(settings, ADMIN) as (connect, _), naming(key, connect), connect() as client:
+def _connected_about(settings: Settings, key: str, version: int | None = None) -> Iterator[KmsClient]:
+    """A client for what is asked about one key group, or a version of it."""
+    with reachable(settings, ADMIN) as (connect, _), naming(key, connect, version), connect() as client:
         yield client
 
 

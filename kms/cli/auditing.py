@@ -2,32 +2,40 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import rich_click as click
 
 from kms.cli import render
-from kms.cli.options import PATH, Settings, examples, key_argument, utf8
+from kms.cli.options import PATH, OneOf, Settings, examples, key_argument, utf8
 from kms.cli.setup import audit_log_option, existing_passphrase, keystore_option, passphrase_file_option
-from kms.core.policy import Operation
+from kms.core.policy import OF_SERVER, Operation
 from kms.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REFUSED, ConfigError, InputMissingError
 from kms.server.config import Places
 
 if TYPE_CHECKING:
     from kms.core.audit_verifier import Verifier
+_ON_NO_GROUP: Final = OF_SERVER | {Operation.HEALTH}
 
 
-@click.command(epilog=examples("kms-admin explain --principal billing --operation Decrypt --key billing-2026"))
-@click.option("--principal", metavar="NAME", required=True, help="Who asks.")
-@click.option("--operation", type=click.Choice([one.value for one in Operation]), required=True, help="For what.")
-@key_argument
+@click.command(epilog=examples("kms-admin explain billing-2026 --principal billing --operation Decrypt"))
+@click.option("--principal", metavar="NAME", required=True, help="Who asks: its name in the file of principals.")
+@click.option(
+    "--operation",
+    type=OneOf([one.value for one in Operation]),
+    metavar="OPERATION",
+    required=True,
+    help="For what, such as Decrypt.",
+)
+@functools.partial(key_argument, is_needed=False)
 @click.option("--aad", metavar="TEXT", default="", help="The AAD of the request.")
-@click.option("--principals", type=PATH, metavar="PATH", help="[MINIKMS_PRINCIPALS or <data>/principals.toml]")
+@click.option("--principals", type=PATH, metavar="PATH", help="The file. [MINIKMS_PRINCIPALS or <data>/principals.toml]")
 @click.pass_obj
-def explain(settings: Settings, principal: str, operation: str, key: str, aad: str, principals: str | None) -> int:
+def explain(settings: Settings, principal: str, operation: str, key: str | None, aad: str, principals: str | None) -> int:
     """Say which rule of the file of principals allows or refuses an operation; the exit code is 0 or 1.
 
     Needs no server: the file is read as it is, which a server does only at its start and on SIGHUP. ReEncrypt needs
@@ -35,11 +43,20 @@ def explain(settings: Settings, principal: str, operation: str, key: str, aad: s
     """
     from kms.service.principals import load
 
-    file = load(Places({"principals": principals}, os.environ).principals)
+    asked = Operation(operation)
+    if key is None and asked not in _ON_NO_GROUP:
+        raise click.UsageError("name the key group", click.get_current_context())
+    path = Places({"principals": principals}, os.environ).principals
+    if not os.path.lexists(path):
+        raise InputMissingError(
+            f"there is no file {path}, without which a shared token may do everything on its plane; name another with "
+            "--principals"
+        )
+    file = load(path)
     member = file.members.get(principal)
     if member is None:
         raise ConfigError(f"{file.path} has no principal of this name; it has {', '.join(file.members) or 'none'}")
-    verdict = member.grants.explain(Operation(operation), key, utf8("--aad", aad))
+    verdict = member.grants.explain(asked, key or "", utf8("--aad", aad))
     if settings.json:
         render.document(allowed=verdict.allowed, rule=verdict.rule, reason=verdict.reason)
     else:
@@ -68,7 +85,7 @@ def verify_audit(
     Name rotated files, the oldest first, with the one that is written last; without FILE that one alone. Needs no
     server, and minds none.
     """
-    from kms.storage.audit_check import verify
+    from kms.storage.audit_check import check_readable, verify
     from kms.storage.file import AuditReader
     from kms.storage.passphrases import opening_form
 
@@ -78,6 +95,8 @@ def verify_audit(
     paths = [Path(file) for file in files] or [current]
     if not os.path.lexists(places.keystore):
         raise InputMissingError(f"there is no keystore at {places.keystore}; name it with --keystore")
+    # Before anybody is asked for the passphrase.
+    check_readable(paths)
     with (
         existing_passphrase(settings, places, passphrase_file) as given,
         AuditReader(places.keystore, opening_form(places.keystore, given)) as reader,

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final, cast
 
 import rich_click as click
 
 from kms.cli import render, screen
-from kms.cli.nearest import naming
 from kms.cli.options import (
     HELP,
     PATH,
@@ -30,17 +30,25 @@ from kms.cli.options import (
     utf8,
     write_whole,
 )
+from kms.cli.refused import naming
 from kms.cli.run import run
 from kms.cli.signals import stop_signals_raise
 from kms.client.environment import API
-from kms.errors import ConfigError, InputError
+from kms.errors import ConfigError, DecryptionFailedError, InputError, KmsError
 from kms.host.hardening import forbid_dumps
 from kms.limits import MAX_FRAME_BYTES
 
 PROGRAM: Final = "kms-client"
 
 _in = click.option("--in", "source", type=PATH, metavar="PATH", required=True, help="Input file; - is standard input.")
-_out = click.option("--out", "target", type=PATH, metavar="PATH", required=True, help="Output file; - is standard output.")
+_out = click.option(
+    "--out",
+    "target",
+    type=PATH,
+    metavar="PATH",
+    required=True,
+    help="Output file, replaced if it is there; - is standard output.",
+)
 _optional_out = click.option(
     "--out", "target", type=PATH, metavar="PATH", default="-", help="Output file instead of standard output."
 )
@@ -64,6 +72,7 @@ def _aad(command: F) -> F:
 
 
 @click.group(
+    PROGRAM,
     cls=Program,
     context_settings=HELP,
     epilog=epilog(
@@ -80,8 +89,8 @@ def command(context: click.Context, /, **settings: Any) -> None:
     """Encrypt and decrypt with keys that never leave the server.
 
     The token is in --token-file, else in MINIKMS_API_TOKEN, else in its usual file. Who has none is known by the user id
-    over a Unix socket, and asked for it over TCP. The server is found at its Unix socket; over TCP only where --tcp or
-    MINIKMS_TCP_PORT says so. These options may stand behind the name of a command, too.
+    over a Unix socket; over TCP the token is asked for. The server is found at its Unix socket; over TCP only where --tcp
+    or MINIKMS_TCP_PORT says so. These options may stand behind the name of a command, too.
     """
     context.obj = Settings(**settings)
 
@@ -157,7 +166,7 @@ def encrypt(
 @click.pass_obj
 def decrypt(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes, *, force: bool) -> None:
     """Decrypt what encrypt made, raw or as base64 text; writes the plaintext as it was, byte for byte."""
-    with connected(settings, API, source) as (client, _):
+    with connected(settings, API, source) as (client, _), _opening(from_key):
         content = read_bounded(stream_or_path(source), MAX_FRAME_BYTES, "use decrypt-file for a file of encrypt-file")
         plaintext = client.decrypt(_ciphertext(content), aad, source_key_id=from_key)
     if settings.json and target == "-":
@@ -200,6 +209,7 @@ def decrypt_file(settings: Settings, source: str, target: str, from_key: str | N
     origin = _origin(settings, source, target)
     with (
         connected(settings, API, source) as (client, _),
+        _opening(from_key),
         screen.target(target, force=force) as destination,
         render.progress(origin, screen.path_of(destination)) as progress,
     ):
@@ -228,6 +238,7 @@ def reencrypt(
     with (
         connected(settings, API, source) as (client, _),
         naming(key),
+        _opening(from_key),
         screen.target(target, force=force) as destination,
         render.progress(origin, screen.path_of(destination)) as progress,
     ):
@@ -235,6 +246,27 @@ def reencrypt(
 
         files.reencrypt_file(client, origin, destination, key_id=key, source_key_id=from_key, aad=aad, progress=progress)
     _say_written(settings, target)
+
+
+class CannotOpenError(KmsError):
+    """`DecryptionFailedError`, which says nothing more on purpose, with what somebody can look at."""
+
+    exit_code = DecryptionFailedError.exit_code
+
+
+@contextlib.contextmanager
+def _opening(from_key: str | None) -> Iterator[None]:
+    """Say what to look at when what is opened inside does not: the server does not tell which of them it is."""
+    try:
+        yield
+    except DecryptionFailedError as error:
+        if type(error) is not DecryptionFailedError:
+            raise
+        source = "" if from_key is None else ", that it is under the key group of --from-key"
+        raise CannotOpenError(
+            f"{error}; check that --aad is what it was encrypted with{source}, that its key version is enabled and was not "
+            "destroyed, and that it is whole"
+        ) from None
 
 
 def _context(text: str | None, file: str | None, source: str | None) -> bytes:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 import rich_click as click
 
 from kms.cli import render
-from kms.cli.options import Settings, connected, examples
+from kms.cli.options import Count, OneOf, Settings, connected, examples
 from kms.cli.words import one_line
 from kms.client.environment import ADMIN
 
@@ -48,22 +48,21 @@ _SORTABLE: Final = "%Y-%m-%dT%H:%M:%SZ"
 @click.argument("patterns", nargs=-1, metavar="[GLOB]...")
 @click.option(
     "--state",
-    type=click.Choice(STATES, case_sensitive=False),
+    type=OneOf(STATES),
     metavar="STATE",
     help=f"Only key groups with a version in this state: {', '.join(STATES)}.",
 )
 @click.option(
     "--sort",
     "order",
-    type=click.Choice(ORDERS),
+    type=OneOf(ORDERS),
     metavar="ORDER",
     default="made",
-    help="made (the order in which they were), name, rotated or used (the latest first), or versions (the most first). "
-    "[default: made]",
+    help="made (the oldest first), name, rotated or used (the latest first), or versions (the most first). [default: made]",
 )
-@click.option("--limit", type=click.IntRange(1), metavar="N", help="At most so many key groups.")
+@click.option("--limit", type=Count(), metavar="N", help="At most so many key groups.")
 @click.option("--versions", is_flag=True, help="A row for each version; in a pipe it is always so.")
-@click.option("--usage", is_flag=True, help="Also when each was last used, by whom and for what.")
+@click.option("--usage", is_flag=True, help="Also when each was last used and by whom; of versions, also for what.")
 @click.option("--no-pager", is_flag=True, help="Do not stop after a screenful. [PAGER names the pager]")
 @click.pass_obj
 def list_keys(
@@ -83,6 +82,8 @@ def list_keys(
         groups = chosen(client.iter_key_groups(usage=needs_usage), patterns, state, order, limit)
     if settings.json:
         render.document(keyGroups=groups)
+    elif not groups and render.is_terminal(sys.stdout):
+        render.remark("there is no such key group")
     elif not render.is_terminal(sys.stdout):
         for group in groups:
             print_lines(group, usage=usage)

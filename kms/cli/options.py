@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,6 +15,7 @@ import rich_click as click
 from click.core import ParameterSource
 
 from kms.cli.prompt import Wanted, obtain, obtain_if_given
+from kms.cli.refused import naming
 from kms.client.environment import ALLOW_GROUP, NO_TOKEN, Plane, find_server, token_file
 from kms.core.names import is_blank
 from kms.errors import AuthFailedError, ConfigError, FileAccessError, InputError, InputMissingError
@@ -60,9 +61,10 @@ class Program(click.RichGroup):
                 again = copy(option)
                 again.expose_value = False
                 again.callback = _change_setting
-                # Of the others the program's own help tells.
+                # Of the others the program's own help tells, to which this one's points.
                 again.hidden = option.name != "json"
                 cmd.params.append(again)
+        cmd.epilog = f"{cmd.epilog}\n\nThe options of {self.name} may stand here, too: {self.name} --help"
 
 
 _SETTINGS: Final = {field.name for field in fields(Settings)}
@@ -100,8 +102,7 @@ def program_options(plane: Plane, command: F) -> F:
                 "token_file",
                 type=PATH,
                 metavar="PATH",
-                help=f"{plane.name[:1].upper()}{plane.name[1:]}; - is standard input. [{plane.file_variable} or "
-                f"<data>/{plane.file_name}]",
+                help=f"The {plane.name}; - is standard input. [{plane.file_variable} or <data>/{plane.file_name}]",
             ),
             click.option(
                 "--no-token",
@@ -143,7 +144,15 @@ def version_option(command: F) -> F:
     )(command)
 
 
-HELP: Final = {"help_option_names": ["-h", "--help"]}
+HELP: Final = {
+    "help_option_names": ["-h", "--help"],
+    # Beside four columns of names there is no room for words in a terminal of 80.
+    "rich_help_config": {
+        "options_table_column_types": ["opt_all_metavar", "help"],
+        "append_metavars_help_string": "{}",
+        "delimiter_comma": ", ",
+    },
+}
 """What a program's `context_settings` are."""
 
 
@@ -160,12 +169,35 @@ class VersionNumber(click.ParamType[int]):
         return int(digits)
 
 
+class OneOf(click.Choice[str]):
+    """One of these words, in capitals or not; told as they are written."""
+
+    def __init__(self, words: Sequence[str]) -> None:
+        super().__init__(words, case_sensitive=False)
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        found = next((word for word in self.choices if word.casefold() == str(value).casefold()), None)
+        return found if found is not None else self.fail(f"give one of {', '.join(self.choices)}", param, ctx)
+
+
+class Count(click.ParamType[int]):
+    """A number of things, one at least."""
+
+    name = "number"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        text = str(value)
+        if not (text.isascii() and text.isdigit()) or len(text) > _MOST_DIGITS or not int(text):
+            self.fail("give a whole number from 1", param, ctx)
+        return int(text)
+
+
 def key_option(help_text: str, name: str = "--key", *, required: bool = False) -> Callable[[F], F]:
     """An option that names a key group."""
     return click.option(name, metavar="NAME", help=help_text, required=required, callback=_named_key)
 
 
-def key_argument(command: F) -> F:
+def key_argument(command: F, *, is_needed: bool = True) -> F:
     """The key group that a command is about, as its argument KEY or after `--key`: given once, it becomes `key`."""
 
     @click.argument("key_argument", metavar="[KEY]", required=False, callback=_named_key)
@@ -175,7 +207,7 @@ def key_argument(command: F) -> F:
         if key_argument is not None and key is not None and key_argument != key:
             raise click.UsageError("two key groups are given; give one", click.get_current_context())
         named = key_argument if key is None else key
-        if named is None:
+        if named is None and is_needed:
             raise click.UsageError("name the key group", click.get_current_context())
         return command(*arguments, key=named, **others)
 
@@ -187,7 +219,8 @@ def _named_key(_context: click.Context, parameter: click.Parameter, value: str |
     if value is None:
         return None
     if is_blank(value):
-        raise click.BadParameter("the name of a key group is not blank", param=parameter)
+        hint = "KEY" if isinstance(parameter, click.Argument) else None
+        raise click.BadParameter("the name of a key group is not blank", param=parameter, param_hint=hint)
     utf8("the key group", value)
     return value
 
@@ -195,8 +228,8 @@ def _named_key(_context: click.Context, parameter: click.Parameter, value: str |
 def epilog(program: str, *lines: str) -> str:
     """A help text's end: examples, and how to get completion."""
     name = program.replace("-", "_").upper()
-    completion = f'Completion in bash (also zsh_source, fish_source): eval "$(_{name}_COMPLETE=bash_source {program})"'
-    return f"{examples(*lines)}\n\n{completion}"
+    completion = f'$ eval "$(_{name}_COMPLETE=bash_source {program})"'
+    return f"{examples(*lines)}\n\nCompletion in bash (also zsh_source, fish_source):\n\n{completion}"
 
 
 def examples(*lines: str) -> str:
@@ -222,7 +255,9 @@ def reachable(
         raise ConfigError("--no-token: the server knows a user id only over a Unix socket; give --unix PATH")
     if settings.no_token and settings.token_file is not None:
         raise ConfigError(f"--no-token and {plane.option} exclude each other; give one")
-    with _token(settings, plane, is_over_unix=address.unix is not None) as token:
+    wanted = _wanted(settings, plane)
+    origin = wanted.origin
+    with _token(settings, wanted, is_over_unix=address.unix is not None) as token:
         user = settings.server_user or os.environ.get("MINIKMS_SERVER_USER") or None
 
         def connect() -> KmsClient:
@@ -233,11 +268,11 @@ def reachable(
             )
 
         try:
-            yield connect, token
+            with naming():
+                yield connect, token
         except AuthFailedError as error:
-            if len(token):
-                raise
-            raise AuthFailedError(_unknown_user(str(error), plane)) from None
+            told = _wrong_token(origin) if len(token) else _unknown_user(plane)
+            raise AuthFailedError(f"{error}{told}") from None
 
 
 @contextlib.contextmanager
@@ -247,11 +282,8 @@ def connected(settings: Settings, plane: Plane, source: str | None = None) -> It
         yield client, token
 
 
-def _token(settings: Settings, plane: Plane, *, is_over_unix: bool) -> Secret:
-    """The token that is shown; empty where the server knows who connects by the user id."""
-    from kms.core.secret import Secret
-
-    wanted = Wanted(
+def _wanted(settings: Settings, plane: Plane) -> Wanted:
+    return Wanted(
         plane.name,
         plane.variable,
         plane.option,
@@ -259,6 +291,12 @@ def _token(settings: Settings, plane: Plane, *, is_over_unix: bool) -> Secret:
         lambda: token_file(plane, os.environ),
         allow_group=allows_group(settings.allow_group_readable_secrets),
     )
+
+
+def _token(settings: Settings, wanted: Wanted, *, is_over_unix: bool) -> Secret:
+    """The token that is shown; empty where the server knows who connects by the user id."""
+    from kms.core.secret import Secret
+
     without = settings.no_token or (settings.token_file is None and is_on(os.environ, NO_TOKEN))
     if is_over_unix and without:
         return Secret(bytearray())
@@ -279,9 +317,16 @@ def one_reader_of_standard_input(sources: Mapping[str, str | None]) -> None:
         raise ConfigError(f"{' and '.join(readers)} all want standard input; give all but one a file")
 
 
-def _unknown_user(message: str, plane: Plane) -> str:
+def _wrong_token(origin: str) -> str:
     return (
-        f"{message}: no token was shown, and the server does not know the user id {os.geteuid()}; name a token's file with "
+        f" (from {origin}); kms-client shows the server's API token or a principal's, kms-admin its admin token or a "
+        "principal's"
+    )
+
+
+def _unknown_user(plane: Plane) -> str:
+    return (
+        f": no token was shown, and the server does not know the user id {os.geteuid()}; name a token's file with "
         f"{plane.option}, or have this user named in the server's file of principals"
     )
 

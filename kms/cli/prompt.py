@@ -40,6 +40,9 @@ _LONGEST_LINE: Final = 4096
 """What the kernel keeps of a typed line, its end included; the rest of a longer one is dropped without a word."""
 
 
+_PROMPT: Final = "the prompt"
+
+
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """A secret that a command needs, and where it may be: what the flag names, the variable, a file, or at the prompt."""
@@ -52,6 +55,21 @@ class Wanted:
     file: Callable[[], Path | None] = lambda: None
     """The file that is taken when neither flag nor variable gives it; asked for only then."""
     allow_group: bool = False
+
+    @property
+    def is_asked_for(self) -> bool:
+        """Whether somebody has to type it; asked before it is obtained."""
+        return self.origin == _PROMPT
+
+    @property
+    def origin(self) -> str:
+        """Where it comes from, for people; asked before it is obtained, which takes the variable out of the environment."""
+        if self.flag is None and os.environ.get(self.variable):
+            return self.variable
+        path = _named(self.flag, self.option) if self.flag is not None else self.file()
+        if path is None or _is_typed(path):
+            return _PROMPT
+        return "standard input" if path == STANDARD_INPUT else str(path)
 
     @property
     def remedy(self) -> str:
@@ -101,6 +119,13 @@ def obtain_new_passphrase(
     Raises what `obtain` raises, and `InputError` for one of less than 8 characters unless `allow_weak`; `weak_remedy` is
     how somebody can have that all the same.
     """
+
+    def check(new: Passphrase) -> None:
+        if new.complaint is not None:
+            raise InputError(new.complaint)
+        if not allow_weak:
+            _check_length(new, wanted.name, weak_remedy)
+
     value, path = _given(wanted)
     if value is not None:
         with _configured():
@@ -108,12 +133,9 @@ def obtain_new_passphrase(
     elif path is not None and not _is_typed(path):
         new = secret_input.read_passphrase(path, allow_group=wanted.allow_group)
     else:
-        new = _ask_twice(wanted)
+        new = _ask_twice(wanted, check)
     try:
-        if new.complaint is not None:
-            raise InputError(new.complaint)
-        if not allow_weak:
-            _check_length(new, wanted.name, weak_remedy)
+        check(new)
         _warn_of_weakness(new, wanted.name, warn)
     except BaseException:
         new.wipe()
@@ -135,7 +157,7 @@ def _warn_of_weakness(new: Passphrase, name: str, warn: Callable[[str], None]) -
     if bits < strength.WEAK_BITS:
         warn(
             f"the {name} is weak: at {strength.GUESSES_PER_SECOND:,} guesses a second, who gets a copy of the keystore "
-            f"finds it in {strength.time_to_guess(bits)} at the most; several words that nobody would guess are better"
+            f"finds it {strength.time_to_guess(bits)}; several words that nobody would guess are better"
         )
 
 
@@ -149,10 +171,15 @@ def _given(wanted: Wanted) -> tuple[bytearray | None, Path | None]:
         Secret(value).wipe()
     if wanted.flag is None:
         return None, wanted.file()
-    if not wanted.flag.strip():
+    return None, _named(wanted.flag, wanted.option)
+
+
+def _named(flag: str, option: str) -> Path:
+    """The file that `flag`, which was given after `option`, names."""
+    if not flag.strip():
         # From an unset variable of a script: no reason to take another secret than was meant.
-        raise ConfigError(f"{wanted.option}: name a file; - is standard input")
-    return None, STANDARD_INPUT if wanted.flag == "-" else Path(wanted.flag)
+        raise ConfigError(f"{option}: name a file; - is standard input")
+    return STANDARD_INPUT if flag == "-" else Path(flag)
 
 
 def _is_typed(path: Path) -> bool:
@@ -196,22 +223,32 @@ def _answer(told: str, question: str, remedy: str) -> bytes:
     with _terminal(f"no terminal to confirm this at; {remedy}") as descriptor:
         lines = [*told.split("\n"), question.rstrip()]
         text = "\n".join(fitted(line, descriptor) for line in lines) + " "
-        with _Question(descriptor, text, is_silent=False) as asked:
+        with _aborted_by_interrupt(), _Question(descriptor, text, is_silent=False) as asked:
             asked.wait()
-            return os.read(descriptor, MAX_SECRET_BYTES).strip()
+            answer = os.read(descriptor, MAX_SECRET_BYTES)
+            if not answer:
+                raise click.Abort
+            return answer.strip()
 
 
-def _ask_twice(wanted: Wanted) -> Passphrase:
+@contextlib.contextmanager
+def _aborted_by_interrupt() -> Iterator[None]:
+    """Until somebody has answered, nothing is begun that an interrupt could leave unfinished."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise click.Abort from None
+
+
+def _ask_twice(wanted: Wanted, check: Callable[[Passphrase], None]) -> Passphrase:
     first = _ask_passphrase(wanted.name, wanted.remedy)
     try:
-        with (
-            _ask_passphrase(f"{wanted.name} again", wanted.remedy) as second,
-            first.view() as left,
-            second.view() as right,
-        ):
-            same = left == right
+        # Before it has to be typed again.
+        check(first)
+        with _ask_passphrase(f"{wanted.name} again", wanted.remedy) as second:
+            same = first.is_same(second)
         if not same:
-            raise ConfigError(f"the two inputs of the {wanted.name} differ; nothing was changed, start again")
+            raise ConfigError(f"the {wanted.name} was not typed twice the same; nothing was changed, start again")
     except BaseException:
         first.wipe()
         raise
@@ -235,7 +272,7 @@ def _typed(name: str, remedy: str) -> tuple[bytearray, int]:
     with _terminal(f"no terminal to ask for the {name} at; {remedy}") as descriptor:
         buffer = bytearray(_LONGEST_LINE)
         try:
-            with _Question(descriptor, f"{name}: ", is_silent=True) as asked:
+            with _aborted_by_interrupt(), _Question(descriptor, f"{name}: ", is_silent=True) as asked:
                 asked.wait()
                 length = os.readv(descriptor, [buffer])
         except BaseException:
@@ -287,7 +324,7 @@ class _Question:
         try:
             self._ask()
         except BaseException:
-            self._leave()
+            self._leave(ends_line=True)
             raise
         return self
 
@@ -302,17 +339,18 @@ class _Question:
             if ready:
                 os.read(self._woken, _LONGEST_LINE)
 
-    def __exit__(self, *_: object) -> None:
-        self._leave()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # Where no line was typed, its end has to come from here.
+        self._leave(ends_line=self._is_silent or kind is not None)
 
-    def _leave(self) -> None:
+    def _leave(self, *, ends_line: bool) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._pipe.close()
         # A terminal that is gone has no modes any more, and nobody to show a line end to.
         with contextlib.suppress(termios.error, OSError):
             self._set(self._before)
-            if self._is_silent:
+            if ends_line:
                 os.write(self._descriptor, b"\n")
 
     def _ask(self) -> None:

@@ -17,6 +17,7 @@ import rich_click as click
 
 from kms.cli.words import fitted, one_line
 from kms.core.names import without_surrogates
+from kms.core.spans import exact_length, length
 
 if TYPE_CHECKING:
     from kms.cli.options import Settings
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
     from kms.wire.messages import KeyGroupView
 
 _READABLE: Final = "%Y-%m-%d %H:%M:%S UTC"
-_UNITS: Final = ((24 * 3600, "day"), (3600, "hour"), (60, "minute"), (1, "second"))
 
 
 def document(**fields: Any) -> None:
@@ -63,9 +63,9 @@ def detail(settings: Settings, words: str) -> None:
         text(words)
 
 
-def text(line: str) -> None:
-    """One line of plain text."""
-    click.echo(fitted(one_line(line), 1))
+def text(line: str, indent: int | None = None) -> None:
+    """One line of plain text; what does not fit goes on below it, indented by `indent` columns if that is given."""
+    click.echo(fitted(one_line(line), 1, indent))
 
 
 def to_copy(line: str, *, err: bool = False) -> None:
@@ -98,7 +98,7 @@ def key_group(group: KeyGroupView, now: float) -> None:
             if version.usage.last_used_epoch_sec is not None:
                 text(f"    last used  {last_used(version.usage, now)}")
             if version.usage.timed_disable is not None:
-                for line in timed_disable(version.usage.timed_disable, now):
+                for line in timed_disable(version.usage.timed_disable, version.status, now):
                     text(f"    {line}")
 
 
@@ -120,13 +120,14 @@ def _unused(usage: VersionUsage) -> str:
     return f"never (counted since {exact(usage.since_epoch_sec, _READABLE)})"
 
 
-def timed_disable(trial: TimedDisable, now: float) -> list[str]:
-    """When it was disabled and by whom, until when, and who was refused meanwhile."""
+def timed_disable(trial: TimedDisable, state: str, now: float) -> list[str]:
+    """When it was disabled and by whom, until when, and who was refused meanwhile; `state` is what the version is now."""
     lines = [f"disabled   for a time, {moment(trial.since_epoch_sec, now)} by {trial.by}"]
     if trial.ended_epoch_sec is None:
         lines.append(f"enabled    {moment(trial.until_epoch_sec, now)}")
     else:
-        lines.append(f"ended      {moment(trial.ended_epoch_sec, now)}")
+        left = {"DISABLED": "; it is disabled for good", "DESTROYED": "; it is destroyed"}.get(state, "")
+        lines.append(f"ended      {moment(trial.ended_epoch_sec, now)}{left}")
     return lines + [f"refused    {line}" for line in refusals(trial, now)]
 
 
@@ -146,18 +147,11 @@ def moment(seconds: int, now: float) -> str:
 
 
 def distance(seconds: float) -> str:
-    """How far off a time is: `3 hours ago`, `in 2 days`."""
+    """How far off a time is: `3 hours ago`, `in 2 days 4 hours`. What is to come, somebody may be waiting for."""
     whole = int(abs(seconds))
     if not whole:
         return "now"
-    return f"in {length(whole)}" if seconds > 0 else f"{length(whole)} ago"
-
-
-def length(seconds: int) -> str:
-    """A span of time as people say it: `3 hours`."""
-    size, unit = next(((size, unit) for size, unit in _UNITS if seconds >= size), (1, "second"))
-    count = seconds // size
-    return f"{count} {unit}" if count == 1 else f"{count} {unit}s"
+    return f"in {exact_length(whole)}" if seconds > 0 else f"{length(whole)} ago"
 
 
 def counts(usage: VersionUsage) -> dict[str, int]:

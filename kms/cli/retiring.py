@@ -18,6 +18,7 @@ import rich_click as click
 
 from kms.cli import prompt, render
 from kms.cli.words import one_line
+from kms.core.names import NO_SUCH_VERSION
 from kms.errors import InternalError, InvalidRequestError, ProtocolError, ServerUnreachableError, UnauthorizedError
 from kms.limits import MAX_TIMED_DISABLE_SECONDS
 
@@ -51,10 +52,13 @@ def duration(_context: click.Context, _parameter: click.Parameter, text: str | N
 def confirm_destruction(connect: Connect, key: str, version: int) -> None:
     """Tell how a version was used, and return when the answer is that it is to be destroyed; else `click.Abort`.
 
-    Raises `InvalidRequestError` for one that cannot be.
+    Of one that is destroyed already nothing is asked. Raises `InvalidRequestError` for one that cannot be.
     """
     with connect() as client:
-        told, is_quiet = _told(client, key, version)
+        about = _told(client, key, version)
+    if about is None:
+        return
+    told, is_quiet = about
     question = one_line(
         f"Destroying version {version} of {key} can never be undone: everything encrypted under it, files and data keys "
         "too, is lost for good."
@@ -67,8 +71,8 @@ def confirm_destruction(connect: Connect, key: str, version: int) -> None:
         prompt.confirm_by_name(f"{question}\n{one_line(told)}", key, one_line(f"the name of the key group, {key},"), remedy)
 
 
-def _told(client: KmsClient, key: str, version: int) -> tuple[str, bool]:
-    """What is told of a version's use, and whether it is what nobody would miss."""
+def _told(client: KmsClient, key: str, version: int) -> tuple[str, bool] | None:
+    """What is told of a version's use, and whether it is what nobody would miss; None where it is destroyed already."""
     try:
         usage, status = _looked_up(client, key, version)
     except UnauthorizedError:
@@ -80,14 +84,21 @@ def _told(client: KmsClient, key: str, version: int) -> tuple[str, bool]:
     if status == "ACTIVE":
         # Not left to the server: it could be rotated meanwhile, and then nobody would have been asked.
         raise InvalidRequestError("version: it is ACTIVE; rotate the key group first")
+    if status == "DESTROYED":
+        return None
     now = time.time()
     if usage.last_used_epoch_sec is None:
         told, quiet_since = f"Last used: {render.last_used(usage, now)}.", usage.since_epoch_sec
     else:
         told, quiet_since = f"Last used: {render.last_used(usage, now)}; {render.used(usage)}.", usage.last_used_epoch_sec
-    if status not in ("DISABLED", "DESTROYED") and not _nobody_missed_it(usage):
+    if status != "DISABLED" and not _nobody_missed_it(usage):
         return f"{told} It was not disabled first, to see who needs it: disable-version --for", False
-    return told, now - quiet_since >= QUIET_SECONDS
+    if now - quiet_since >= QUIET_SECONDS:
+        return told, True
+    days = QUIET_SECONDS // _UNITS["d"]
+    if usage.last_used_epoch_sec is None:
+        return f"{told} That is less than {days} days, and who used it before nobody knows.", False
+    return f"{told} That is less than {days} days ago.", False
 
 
 def _looked_up(client: KmsClient, key: str, number: int) -> tuple[VersionUsage, str]:
@@ -96,7 +107,7 @@ def _looked_up(client: KmsClient, key: str, number: int) -> tuple[VersionUsage, 
             if version.usage is None:
                 raise ProtocolError("the server describes a version without its use")
             return version.usage, version.status
-    raise InvalidRequestError("version: no such version in this key group")
+    raise InvalidRequestError(NO_SUCH_VERSION)
 
 
 def _nobody_missed_it(usage: VersionUsage) -> bool:
@@ -129,7 +140,7 @@ def wait_until_enabled(connect: Connect, key: str, version: int, trial: TimedDis
 
 
 def _count_down(what: str, until: int) -> None:
-    is_seen = sys.stderr is not None and sys.stderr.isatty()
+    is_seen, shown = sys.stderr is not None and sys.stderr.isatty(), 0
     try:
         while (left := until - time.time()) > 0:
             if is_seen:
@@ -137,10 +148,11 @@ def _count_down(what: str, until: int) -> None:
                 # One that is wrapped would not be overwritten by the next.
                 line = f"{clock} until {what} again; Ctrl-C: do not wait"[: shutil.get_terminal_size().columns - 2]
                 click.echo(f"\r{line} \b", err=True, nl=False)
+                shown = len(line)
             time.sleep(min(left, 1))
     finally:
-        if is_seen:
-            click.echo(err=True)
+        if shown:
+            click.echo(f"\r{' ' * shown}\r", err=True, nl=False)
 
 
 def currently(client: KmsClient, key: str, version: int) -> TimedDisable:

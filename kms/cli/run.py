@@ -10,13 +10,14 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, Final
 
 import rich_click as click
 from click.exceptions import Exit
 
+from kms.cli.complaints import complaint
 from kms.cli.signals import StoppedError
 from kms.cli.words import fitted, one_line
 from kms.errors import (
@@ -27,8 +28,6 @@ from kms.errors import (
     EXIT_SYSTEM,
     EXIT_USAGE,
     AlteredFileError,
-    AuthFailedError,
-    DecryptionFailedError,
     FrameTooLargeError,
     InternalError,
     KmsError,
@@ -43,13 +42,9 @@ from kms.host.standard import abandon_output, finish_output
 EXIT_INTERRUPTED: Final = 128 + signal.SIGINT
 
 _REMEDIES: Final[dict[type[KmsError], str]] = {
-    AuthFailedError: "check the token file, or the token in the environment",
     UnauthorizedError: "ask whoever runs the server for access",
     ThrottledError: "try again later",
     LimitExceededError: "ask whoever runs the server for a higher one",
-    DecryptionFailedError: (
-        "check that --aad is what it was encrypted with, that its key version is enabled, and that it is whole"
-    ),
     AlteredFileError: "the file is not as it was written: damaged, altered or cut off; take another copy",
     FrameTooLargeError: "use encrypt-file for data of this size",
     InternalError: "look into the server's log",
@@ -94,7 +89,7 @@ def run(
         message = str(error)
         return fail(f"{message}; {remedy}" if remedy and ";" not in message else message, error.exit_code)
     except click.ClickException as error:
-        return fail(f"{_usage_complaint(error)}; see {_path_of(error, program)} --help", EXIT_USAGE)
+        return fail(complaint(error, program), EXIT_USAGE)
     except click.Abort:
         return fail("aborted; nothing was changed", EXIT_INTERRUPTED)
     except KeyboardInterrupt:
@@ -122,7 +117,7 @@ def _invoke(command: click.Command, program: str, arguments: list[str], obj: Any
         if os.environ.get(f"_{program}_COMPLETE".replace("-", "_").upper()):
             # A shell asks for completions: click answers and exits.
             command.main(prog_name=program)
-        with command.make_context(program, arguments, obj=obj) as context:
+        with command.make_context(program, arguments, obj=obj) as context, _of_its_command(context):
             result = command.invoke(context)
     except Exit as end:
         result = end.exit_code
@@ -132,20 +127,16 @@ def _invoke(command: click.Command, program: str, arguments: list[str], obj: Any
     return result if isinstance(result, int) else EXIT_OK
 
 
-def _usage_complaint(error: click.ClickException) -> str:
-    if "\n" in error.format_message().strip():
-        # Of a group that was given no command, click complains with the whole help.
-        return "give a command"
-    message = " ".join(error.format_message().split()).rstrip(".")
-    if message.startswith("Got unexpected extra argument"):
-        # Those that follow in parentheses may be the rest of an unquoted --text.
-        message = message.partition(" (")[0]
-    return message[:1].lower() + message[1:]
-
-
-def _path_of(error: click.ClickException, program: str) -> str:
-    context = getattr(error, "ctx", None)
-    return context.command_path if isinstance(context, click.Context) else program
+@contextlib.contextmanager
+def _of_its_command(context: click.Context) -> Iterator[None]:
+    """Have what cannot be parsed of a command tell that it is that command, which click forgets of some of it."""
+    try:
+        yield
+    except click.UsageError as error:
+        name, group = context.invoked_subcommand, context.command
+        if error.ctx is None and name is not None and isinstance(group, click.Group):
+            error.ctx = click.Context(group.commands[name], parent=context, info_name=name)
+        raise
 
 
 def _system_complaint(error: OSError) -> str:

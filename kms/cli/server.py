@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import hmac
 import logging
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, Final
 
 import rich_click as click
@@ -21,17 +18,14 @@ from kms.cli.options import (
     HELP,
     PATH,
     allow_group_option,
-    allows_group,
     epilog,
-    one_reader_of_standard_input,
     version_option,
 )
-from kms.cli.prompt import Wanted, obtain, obtain_new_passphrase, obtain_passphrase
 from kms.cli.run import run
+from kms.cli.server_secrets import obtain_secrets
+from kms.cli.setup import keystore_option
 from kms.cli.signals import stop_signals_raise
-from kms.client.environment import ADMIN, API, Plane
-from kms.core.secret import Secret
-from kms.errors import ConfigError, InputMissingError
+from kms.errors import InputMissingError
 from kms.host.hardening import forbid_dumps
 from kms.host.terminal import has_terminal
 from kms.server.config import LOG_FORMATS, Places, ServerConfig, log_format, resolve
@@ -45,20 +39,35 @@ _STANDARD_ERROR: Final = 2
     epilog=epilog(
         PROGRAM,
         "kms-server",
-        "kms-server --no-tcp --unix-socket /run/kms/kms.sock --passphrase-file /root/passphrase",
+        "kms-server --no-tcp --passphrase-file /root/passphrase",
         "MINIKMS_TCP_PORT=0 kms-server --no-unix",
     ),
 )
 @click.option("--tcp-port", metavar="N", help="Port on 127.0.0.1; 0 is any free one. [MINIKMS_TCP_PORT or 9123]")
-@click.option("--unix-socket", type=PATH, metavar="PATH", help="[MINIKMS_UNIX_SOCKET or <data>/kms.sock]")
-@click.option("--keystore", type=PATH, metavar="PATH", help="[MINIKMS_KEYSTORE or <data>/keystore.json]")
-@click.option("--token-file", type=PATH, metavar="PATH", help="[MINIKMS_API_TOKEN_FILE or <data>/api.token]")
-@click.option("--admin-token-file", type=PATH, metavar="PATH", help="[MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]")
+@click.option(
+    "--unix-socket",
+    type=PATH,
+    metavar="PATH",
+    help="Where the Unix socket is made. [MINIKMS_UNIX_SOCKET or <data>/kms.sock]",
+)
+@keystore_option
+@click.option(
+    "--token-file",
+    type=PATH,
+    metavar="PATH",
+    help="The API token, for kms-client. [MINIKMS_API_TOKEN_FILE or <data>/api.token]",
+)
+@click.option(
+    "--admin-token-file",
+    type=PATH,
+    metavar="PATH",
+    help="The admin token, for kms-admin. [MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]",
+)
 @click.option(
     "--passphrase-file",
     type=PATH,
     metavar="PATH",
-    help="[MINIKMS_PASSPHRASE_FILE or $CREDENTIALS_DIRECTORY/passphrase; else asked for]",
+    help="The passphrase of the keystore. [MINIKMS_PASSPHRASE_FILE or $CREDENTIALS_DIRECTORY/passphrase; else asked for]",
 )
 @click.option(
     "--unix-socket-group", metavar="GROUP", help="Who else may connect to the Unix socket. [MINIKMS_UNIX_SOCKET_GROUP]"
@@ -77,18 +86,24 @@ _STANDARD_ERROR: Final = 2
     help="Who did what. [MINIKMS_AUDIT_LOG, or <data>/audit.log when there are principals]",
 )
 @click.option(
-    "--audit-data", metavar="WHAT", help="all, refused or none of the data plane's requests. [MINIKMS_AUDIT_DATA or all]"
+    "--audit-data",
+    metavar="WHAT",
+    help="Which requests of the data plane are recorded: all, refused or none. [MINIKMS_AUDIT_DATA or all]",
 )
 @click.option("--no-audit", is_flag=True, help="Keep no audit log, whether there are principals or not.")
 @click.option(
-    "--accept-rollback", is_flag=True, help="Start although the keystore is older than the audit log: one put back."
+    "--accept-rollback",
+    is_flag=True,
+    help="Start though the keystore is older than the audit log: an earlier one was put back.",
 )
 @click.option(
-    "--log-format", metavar="|".join(LOG_FORMATS), help="Of what is said on standard error. [MINIKMS_LOG_FORMAT or human]"
+    "--log-format",
+    metavar="|".join(LOG_FORMATS),
+    help="How the log is written on standard error. [MINIKMS_LOG_FORMAT or human]",
 )
 @click.option("--max-frame-bytes", metavar="N", help="Longest request line. [MINIKMS_MAX_FRAME_BYTES or 1048576]")
-@click.option("--idle-timeout-ms", metavar="N", help="Until an idle client is cut off. [MINIKMS_IDLE_TIMEOUT_MS or 30000]")
-@click.option("--max-connections", metavar="N", help="Over both listeners. [MINIKMS_MAX_CONNECTIONS or 256]")
+@click.option("--idle-timeout-ms", metavar="N", help="How long a client may be idle. [MINIKMS_IDLE_TIMEOUT_MS or 30000]")
+@click.option("--max-connections", metavar="N", help="How many there may be at once. [MINIKMS_MAX_CONNECTIONS or 256]")
 @click.option(
     "--metrics-port", metavar="N", help="Prometheus metrics on 127.0.0.1; 0 is any free port. [MINIKMS_METRICS_PORT]"
 )
@@ -104,9 +119,10 @@ def command(voice: Voice, /, **flags: Any) -> int:
     SIGHUP reads the file of principals again; what cannot be used changes nothing. It also begins a new audit log where
     the old one was renamed. It stops a server whose terminal was closed.
 
-    A first run at a terminal makes the keystore; anywhere else kms-admin init has to. Secrets are never flags: a flag
-    names a file, and wins over MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and MINIKMS_ADMIN_TOKEN, and these over the other
-    files; what none of them gives is asked for.
+    A first run at a terminal makes the keystore and the tokens; anywhere else kms-admin init has to. Secrets are never
+    flags: a flag names a file, and wins over MINIKMS_PASSPHRASE, MINIKMS_API_TOKEN and MINIKMS_ADMIN_TOKEN, and these over
+    the other files; what none of them gives is asked for.
+
     <data> is $XDG_DATA_HOME/mini-kms or ~/.mini-kms; kms-admin init fills it.
     """
     voice.use(log_format(flags, os.environ))
@@ -122,7 +138,7 @@ def command(voice: Voice, /, **flags: Any) -> int:
         # ready and heeds them itself: nothing interrupts a key derivation, and what is written until then survives that.
         with stop_signals_raise():
             makes_keystore = _is_first_run(config, places)
-            api, admin, passphrase = _secrets(places, flags, say, secrets, new=makes_keystore)
+            api, admin, passphrase = obtain_secrets(config, places, flags, say, secrets, is_first_run=makes_keystore)
         # To the daemon it means to reload; nor may one kill it that comes before it listens for signals, or after.
         secrets.callback(signal.signal, signal.SIGHUP, signal.signal(signal.SIGHUP, signal.SIG_IGN))
         from kms.core.derive import KdfParameters
@@ -171,42 +187,6 @@ def _is_first_run(config: ServerConfig, places: Places) -> bool:
             f"there is no keystore at {config.keystore}. Is its disk mounted? For a first start make one: kms-admin init"
         )
     return True
-
-
-def _secrets(
-    places: Places, flags: Mapping[str, Any], say: Callable[[str], None], wiped: contextlib.ExitStack, *, new: bool
-) -> tuple[Secret, Secret, Secret]:
-    one_reader_of_standard_input(
-        {f"--{name.replace('_', '-')}": flags[name] for name in ("token_file", "admin_token_file", "passphrase_file")}
-    )
-    allow_group = allows_group(flags["allow_group_readable_secrets"])
-
-    def token(plane: Plane, flag: str | None, file: Callable[[], Path | None]) -> Secret:
-        wanted = Wanted(plane.name, plane.variable, plane.option, flag, file, allow_group=allow_group)
-        return wiped.enter_context(obtain(wanted))
-
-    api = token(API, flags["token_file"], lambda: places.token_file)
-    admin = token(ADMIN, flags["admin_token_file"], lambda: places.admin_token_file)
-    if hmac.compare_digest(_digest(api), _digest(admin)):
-        raise ConfigError("the API token and the admin token are the same; give each plane its own")
-    wanted = Wanted(
-        "passphrase",
-        "MINIKMS_PASSPHRASE",
-        "--passphrase-file",
-        flags["passphrase_file"],
-        lambda: places.passphrase_file,
-        allow_group=allow_group,
-    )
-    if new:
-        passphrase = obtain_new_passphrase(wanted, say, weak_remedy="make the keystore with: kms-admin init --allow-weak")
-    else:
-        passphrase = obtain_passphrase(wanted)
-    return api, admin, wiped.enter_context(passphrase)
-
-
-def _digest(token: Secret) -> bytes:
-    with token.view() as view:
-        return hashlib.sha256(view).digest()
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -25,12 +26,14 @@ _ALPHABET: Final = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456
 _TOKEN_CHARACTERS: Final = -(-TOKEN_BYTES * 8 // 6)
 """Six bits each."""
 
-keystore_option = click.option("--keystore", type=PATH, metavar="PATH", help="[MINIKMS_KEYSTORE or <data>/keystore.json]")
+keystore_option = click.option(
+    "--keystore", type=PATH, metavar="PATH", help="The keystore. [MINIKMS_KEYSTORE or <data>/keystore.json]"
+)
 passphrase_file_option = click.option(
     "--passphrase-file",
     type=PATH,
     metavar="PATH",
-    help="Passphrase; - is standard input. [MINIKMS_PASSPHRASE, or MINIKMS_PASSPHRASE_FILE; else asked for]",
+    help="The passphrase; - is standard input. [MINIKMS_PASSPHRASE or MINIKMS_PASSPHRASE_FILE; else asked for]",
 )
 audit_log_option = click.option(
     "--audit-log", type=PATH, metavar="PATH", help="Audit log. [MINIKMS_AUDIT_LOG or <data>/audit.log]"
@@ -40,8 +43,15 @@ _allow_weak = click.option("--allow-weak", is_flag=True, help="Take a passphrase
 
 @click.command(epilog=examples("kms-admin init", "kms-admin init --passphrase-file /root/passphrase"))
 @keystore_option
-@click.option("--token-file", type=PATH, metavar="PATH", help="[MINIKMS_API_TOKEN_FILE or <data>/api.token]")
-@click.option("--admin-token-file", type=PATH, metavar="PATH", help="[MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]")
+@click.option(
+    "--token-file", type=PATH, metavar="PATH", help="Where the API token goes. [MINIKMS_API_TOKEN_FILE or <data>/api.token]"
+)
+@click.option(
+    "--admin-token-file",
+    type=PATH,
+    metavar="PATH",
+    help="Where the admin token goes. [MINIKMS_ADMIN_TOKEN_FILE or <data>/admin.token]",
+)
 @passphrase_file_option
 @click.option("--keystore-only", is_flag=True, help="Make no tokens: they come from elsewhere.")
 @_allow_weak
@@ -69,6 +79,7 @@ def init(
     if len(set(made)) != len(made):
         raise ConfigError("keystore, token file and admin token file must be three files; name another")
     _refuse_what_is_there(places, made)
+    _check_directory(keystore_path.parent)
     with _new_passphrase(settings, places, passphrase_file, allow_weak=allow_weak) as passphrase:
         _make(keystore_path, tokens, passphrase)
     if settings.json:
@@ -100,6 +111,14 @@ def _refuse_what_is_there(places: Places, made: Sequence[Path]) -> None:
             raise ConfigError(f"{path} exists already and nothing was changed; move it away, or just start kms-server")
 
 
+def _check_directory(path: Path) -> None:
+    """Raise `SecretFileError` for one that is there and not private, before anybody thinks of a passphrase for it."""
+    from kms.host.private import make_private_directory
+
+    if path.exists():
+        make_private_directory(path)
+
+
 def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
     from kms.core.derive import KdfParameters
     from kms.storage.file import KeystoreLock, initialise
@@ -111,8 +130,7 @@ def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
                 # Looked at again under the lock: another init may just have finished.
                 if os.path.lexists(path):
                     raise ConfigError(f"{path} exists already and nothing was changed; move it away")
-                with _fresh_token() as token:
-                    _write_token(path, token, made.append)
+                make_token(path, made.append)
             store, _ = initialise(lock, passphrase, now=int(time.time()), parameters=KdfParameters())
             store.wipe()
         except SaveOutcomeUnknownError:
@@ -124,16 +142,23 @@ def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
             raise
 
 
+def make_token(path: Path, may_exist: Callable[[Path], None] = lambda _: None) -> None:
+    """A fresh token in a new private file, whose directory is made if it is missing; `may_exist` as in `_write_token`."""
+    from kms.host.private import make_private_directory
+
+    if not path.parent.exists():
+        make_private_directory(path.parent)
+    with _fresh_token() as token:
+        _write_token(path, token, may_exist)
+
+
 def _write_token(path: Path, token: memoryview, may_exist: Callable[[Path], None] = lambda _: None) -> None:
     """`token`, durably, in a new file of mode 0600 at `path`, with which `may_exist` is called before it does.
 
     Whole or not at all: of one that a power cut has cut short, the rest could be guessed.
     """
     from kms.host.durable import DurableFile, remove_stale_temp_files
-    from kms.host.private import make_private_directory
 
-    if not path.parent.exists():
-        make_private_directory(path.parent)
     try:
         remove_stale_temp_files(path)
         with DurableFile(path) as file:
@@ -191,10 +216,14 @@ def new_token(settings: Settings, name: str, target: str | None) -> None:
             # First: a token whose digest nobody has is of no use.
             render.to_copy(line, err=True)
             render.octets(token)
+            if render.is_terminal(sys.stdout):
+                render.remark("The token is shown this once; --out would have put it into a file")
             return
         path = Path(target)
         if os.path.lexists(path):
             raise ConfigError(f"{path} exists already and nothing was changed; name another, or move it away")
+        if not path.parent.is_dir():
+            raise FileAccessError(f"there is no directory {path.parent}; make it first, or name another file")
         _write_token(path, token)
     if settings.json:
         render.document(principal=name, tokenFile=path, tokenSha256=digest)
@@ -249,10 +278,12 @@ def change_passphrase(
         )
         with obtain_new_passphrase(wanted, render.remark, allow_weak=allow_weak) as new:
             log = places.audit_log if is_kept(places.audit_log) else None
+            is_same = old.is_same(new)
             notes = file.change_passphrase(lock, old, new, parameters=KdfParameters(), audit_log=log)
     for note in notes:
         render.remark(f"keystore of the Java server: {note}")
-    render.detail(settings, "passphrase changed")
+    done = "the keystore was written anew, under the same passphrase as before" if is_same else "passphrase changed"
+    render.detail(settings, done)
 
 
 def existing_passphrase(settings: Settings, places: Places, flag: str | None) -> Passphrase:

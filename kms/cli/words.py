@@ -7,7 +7,7 @@ import textwrap
 from typing import Final
 
 _NARROWEST: Final = 20
-_INDENT: Final = "  "
+_INDENT: Final = 2
 
 
 def one_line(text: str) -> str:
@@ -15,19 +15,21 @@ def one_line(text: str) -> str:
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
 
 
-def fitted(line: str, descriptor: int) -> str:
+def fitted(line: str, descriptor: int, indent: int | None = None) -> str:
     """`line` without its end, broken between words if `descriptor` is a terminal on which it is too long.
 
-    What follows is indented. A word that alone is too long, such as a path, stays whole: somebody may want to copy it.
+    What follows is indented, by `indent` columns if that is given. A word that alone is too long, such as a path, stays
+    whole: somebody may want to copy it.
     """
     width = _width(descriptor)
     if width is None or len(line) < width:
         return line
-    first_indent = line[: len(line) - len(line.lstrip())]
+    if indent is None:
+        indent = len(line) - len(line.lstrip()) + _INDENT
     return textwrap.fill(
         line,
         width - 1,
-        subsequent_indent=first_indent + _INDENT,
+        subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
         replace_whitespace=False,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from pathlib import Path
 
 from kms.client.protocol import Exchange, T
 from kms.errors import ConfigError, KmsError, OutcomeUnknownError, ServerUnreachableError
@@ -71,7 +72,8 @@ def broken(address: str, reason: str | None) -> str:
 def refused(address: str, error: OSError) -> str:
     """The message for a connection that could not be made."""
     if isinstance(error, FileNotFoundError):
-        return f"there is no socket {address}; start kms-server, or say where it is (--unix, --tcp)"
+        start = "start kms-server" if Path(address).parent.is_dir() else "run kms-admin init, then start kms-server"
+        return f"there is no socket {address}; {start}, or say where it is (--unix, --tcp)"
     if error.errno in (errno.EACCES, errno.EPERM):
         # It may well be running.
         return (

@@ -28,7 +28,9 @@ def header(wrapped_key: bytes) -> bytes:
 def wrapped_key_length(fixed: bytes) -> int:
     """From a container's first 8 bytes, how many bytes of wrapped data key follow; raises `InputError`."""
     if len(fixed) < FIXED_BYTES or fixed[:4] != MAGIC:
-        raise InputError("not an MKE1 file: it was not made by encrypt-file, or its beginning is lost")
+        raise InputError(
+            "not an MKE1 file: it was not made by encrypt-file, or its beginning is lost; use decrypt for what encrypt made"
+        )
     length = int.from_bytes(fixed[4:8], "big")
     if not 1 <= length <= MAX_WRAPPED_KEY_BYTES:
         raise InputError("not a whole MKE1 file: its header is damaged")

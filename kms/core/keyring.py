@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from kms.core import ciphertext
 from kms.core.envelope import EnvelopeKey
-from kms.core.names import NO_SUCH_GROUP, check_new_name
+from kms.core.names import NO_SUCH_GROUP, NO_SUCH_VERSION, check_new_name
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
 
@@ -208,7 +208,7 @@ def _minted(group: str, version: int, now: int, mint: Mint) -> KeyVersion:
 def _with_status(group: KeyGroup, number: int, status: VersionStatus) -> KeyGroup:
     version = group.versions.get(number)
     if version is None:
-        raise InvalidRequestError("version: no such version in this key group")
+        raise InvalidRequestError(NO_SUCH_VERSION)
     if version.status is VersionStatus.ACTIVE:
         if status is VersionStatus.ENABLED:
             return group

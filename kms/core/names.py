@@ -20,6 +20,8 @@ def check_new_name(name: str) -> None:
 NO_SUCH_GROUP: Final = "keyId: no such key group"
 """The refusal of a request that names one that there is not. It does not repeat the name: none holds what was sent."""
 
+NO_SUCH_VERSION: Final = "version: no such version in this key group"
+
 
 def is_blank(name: str) -> bool:
     """Whether `name` is none: empty, or ASCII's blanks alone.

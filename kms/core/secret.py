@@ -37,6 +37,11 @@ class Secret:
         buffer, self._buffer = self._buffer, bytearray()
         return buffer
 
+    def is_same(self, other: Secret) -> bool:
+        """Whether the bytes are the same. For what one person has given twice: it takes as long as they are alike."""
+        with self.view() as left, other.view() as right:
+            return left == right
+
     def __enter__(self) -> Self:
         return self
 

@@ -55,8 +55,8 @@ _SPANS: Final = ((365.25 * 24 * 3600, "years"), (24 * 3600, "days"), (3600, "hou
 
 
 def time_to_guess(bits_at_most: float) -> str:
-    """How long that takes at `GUESSES_PER_SECOND`, in words."""
+    """How long that takes at `GUESSES_PER_SECOND`, in words: `in 3 days at the most`."""
     seconds = 2**bits_at_most / GUESSES_PER_SECOND
     size, unit = next(((size, unit) for size, unit in _SPANS if seconds >= 2 * size), (1, "seconds"))
     count = round(seconds / size)
-    return f"{count} {unit}" if count else "a moment"
+    return f"in {count} {unit} at the most" if count else "at once"

@@ -69,7 +69,7 @@ def passphrase(buffer: bytearray, length: int, origin: str, *, keeps_line_end: b
     if complaint is not None:
         return Passphrase(given.take(), earlier, complaint)
     normal = _normal(given)
-    if _same(normal, given):
+    if normal.is_same(given):
         given.wipe()
     else:
         earlier.insert(0, given)
@@ -158,8 +158,3 @@ def _normal(secret: Secret) -> Secret:
     made = Secret(normal[:length])
     Secret(normal).wipe()
     return made
-
-
-def _same(one: Secret, other: Secret) -> bool:
-    with one.view() as left, other.view() as right:
-        return left == right

@@ -78,6 +78,16 @@ def run(
     return trio.run(_main, config, passphrase, api_token, admin_token, say, makes_with, hangup_stops)
 
 
+def check_free(config: ServerConfig) -> None:
+    """Raise what would keep a server from starting because another is there, before anybody is asked for a secret."""
+    trio.run(_check_free, config)
+
+
+async def _check_free(config: ServerConfig) -> None:
+    with KeystoreLock(config.keystore), listening(config):
+        pass
+
+
 async def _main(
     config: ServerConfig,
     passphrase: Secret,

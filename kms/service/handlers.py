@@ -11,9 +11,11 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from kms.core import ciphertext
+from kms.core.keyring import KeyGroup, VersionStatus
 from kms.core.names import NO_SUCH_GROUP, is_blank
 from kms.core.policy import Operation, Rule, Rules
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
+from kms.core.spans import exact_length
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
 from kms.service.listing import Description, Listing, LongReply, Reader
@@ -171,20 +173,34 @@ class Handlers:
     async def disable_version(self, request: messages.DisableVersion, caller: Caller) -> Reply:
         group, version, seconds = _named(request.key_id), request.version, request.for_seconds
         if seconds is None:
-            await self._keyring.disable_version(group, version, caller.permit)
-            return _changed(request, "disabled")
+            is_tied = self._is_for_a_time(group, version)
+            before = self._keyring.find_group(group)
+            after = await self._keyring.disable_version(group, version, caller.permit)
+            if is_tied:
+                return _done(request, "disabled for good")
+            return _done(request, "disabled", before, after)
         until = await self._usage.disable_version_for(
             group, version, seconds, caller.permit, by=caller.name, most=caller.most_timed_disables
         )
-        return messages.DetailReply(f"{group} v{version} disabled for {seconds} s", until_epoch_sec=until)
+        return messages.DetailReply(f"{group} v{version} disabled for {exact_length(seconds)}", until_epoch_sec=until)
 
     async def enable_version(self, request: messages.EnableVersion, caller: Caller) -> Reply:
-        await self._keyring.enable_version(_named(request.key_id), request.version, caller.permit)
-        return _changed(request, "enabled")
+        before = self._keyring.find_group(_named(request.key_id))
+        after = await self._keyring.enable_version(request.key_id, request.version, caller.permit)
+        return _done(request, "enabled", before, after)
 
     async def destroy_version(self, request: messages.DestroyVersion, caller: Caller) -> Reply:
-        await self._keyring.destroy_version(_named(request.key_id), request.version, caller.permit)
-        return _changed(request, "destroyed")
+        before = self._keyring.find_group(_named(request.key_id))
+        after = await self._keyring.destroy_version(request.key_id, request.version, caller.permit)
+        return _done(request, "destroyed", before, after)
+
+    def _is_for_a_time(self, name: str, number: int) -> bool:
+        group = self._keyring.find_group(name)
+        version = None if group is None else group.versions.get(number)
+        if version is None or version.status is not VersionStatus.DISABLED:
+            return False
+        trial = self._usage.usage_of(version).timed_disable
+        return trial is not None and trial.ended_epoch_sec is None
 
 
 def _named(key_id: str) -> str:
@@ -193,8 +209,14 @@ def _named(key_id: str) -> str:
     return key_id
 
 
-def _changed(request: messages.VersionRequest, what: str) -> Reply:
-    return messages.DetailReply(f"{request.key_id} v{request.version} {what}")
+def _done(
+    request: messages.VersionRequest, what: str, before: KeyGroup | None = None, after: KeyGroup | None = None
+) -> Reply:
+    """That a version is `what` now; or was already, where its group is the very same one `after` as `before`."""
+    version = f"{request.key_id} v{request.version}"
+    if after is not None and after is before:
+        return messages.DetailReply(f"{version} was {after.versions[request.version].status} already; nothing was changed")
+    return messages.DetailReply(f"{version} {what}")
 
 
 def _viewed(rules: Rules) -> list[messages.RuleView]:

@@ -138,5 +138,6 @@ class AccessSource:
             trusted=(shared.api.principal.name, shared.admin.principal.name),
         )
         limits = {name: member.limits for name, member in principals.members.items()}
-        origin = f"principals from {path}: {len(principals.members)}"
+        count = len(principals.members)
+        origin = f"{count} {'principal' if count == 1 else 'principals'} from {path}"
         return Access(authenticator, policy, origin, is_from_file=True, sha256=principals.sha256, limits=limits)

@@ -71,6 +71,12 @@ def _without_head(verifier: Verifier, newest: Path, *, needs_head: bool) -> None
         verifier.note(str(newest), 0, "has no head file beside it: whether it was cut short at its end cannot be told")
 
 
+def check_readable(files: Sequence[Path]) -> None:
+    """Raise what `verify` would raise of these files before it reads one."""
+    for path in files:
+        _open(path).close()
+
+
 def _open(path: Path) -> BinaryIO:
     try:
         # O_NONBLOCK: opening a FIFO must not hang before its kind is known.

@@ -332,7 +332,7 @@ def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random
         raise FileAccessError(f"cannot make {lock.keystore} durable: {error.strerror}; check the disk") from error
     there = _read(lock.keystore)
     raw = there.raw
-    with contextlib.ExitStack() as unless_opened:
+    with _naming(lock.keystore), contextlib.ExitStack() as unless_opened:
         if document.format_version(raw) == legacy.FORMAT:
             old = legacy.Sealed(raw)
             with old.header.derive(passphrase) as root:
@@ -364,7 +364,7 @@ def change_passphrase(
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
     there = _read(lock.keystore)
     raw = there.raw
-    with contextlib.ExitStack() as wipes:
+    with _naming(lock.keystore), contextlib.ExitStack() as wipes:
         with header.derive(new) as new_root:
             new_keys = RootKeys(new_root)
         wipes.callback(new_keys.wipe)
@@ -402,9 +402,10 @@ def raise_costs(
     what `load` raises; a save that fails leaves all as it is.
     """
     raw = read(lock.keystore)
-    if document.format_version(raw) != legacy.FORMAT:
-        return ()
-    found = legacy.Sealed(raw).header.parameters
+    with _naming(lock.keystore):
+        if document.format_version(raw) != legacy.FORMAT:
+            return ()
+        found = legacy.Sealed(raw).header.parameters
     raised = KdfParameters(
         max(found.memory_kib, parameters.memory_kib), max(found.iterations, parameters.iterations), parameters.parallelism
     )
@@ -426,17 +427,18 @@ class AuditReader:
         """Raises what `load` raises."""
         self.path: Final = path
         raw = read(path)
-        sealed = legacy.Sealed(raw) if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw)
-        with sealed.header.derive(passphrase) as root:
-            self._keys = RootKeys(root)
-            try:
-                if isinstance(sealed, legacy.Sealed):
-                    sealed.authenticate(root)
-                else:
-                    sealed.authenticate(self._keys)
-            except BaseException:
-                self._keys.wipe()
-                raise
+        with _naming(path):
+            sealed = legacy.Sealed(raw) if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw)
+            with sealed.header.derive(passphrase) as root:
+                self._keys = RootKeys(root)
+                try:
+                    if isinstance(sealed, legacy.Sealed):
+                        sealed.authenticate(root)
+                    else:
+                        sealed.authenticate(self._keys)
+                except BaseException:
+                    self._keys.wipe()
+                    raise
 
     @property
     def keys(self) -> AuditKeys:
@@ -446,14 +448,24 @@ class AuditReader:
     def generation(self) -> int:
         """The generation on disk now, which is that of a server that is running; raises what `load` raises."""
         raw = read(self.path)
-        # A keystore of format 2 has none; its first one comes with format 3.
-        return 0 if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw).authenticate(self._keys)
+        with _naming(self.path):
+            # A keystore of format 2 has none; its first one comes with format 3.
+            return 0 if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw).authenticate(self._keys)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self._keys.wipe()
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Tell, of what is wrong with a keystore's content, in which file."""
+    try:
+        yield
+    except KeystoreError as error:
+        raise KeystoreError(f"{path}: {error}") from None
 
 
 def read(path: Path) -> bytes:
