@@ -83,7 +83,7 @@ def list_keys(
     if settings.json:
         render.document(keyGroups=groups)
     elif not groups and render.is_terminal(sys.stdout):
-        render.remark("there is no such key group")
+        render.remark("there is no such key group; without a GLOB and --state all are listed")
     elif not render.is_terminal(sys.stdout):
         for group in groups:
             print_lines(group, usage=usage)
@@ -236,5 +236,9 @@ def _show(table: Table, *, pages: bool) -> None:
     if drawn.getvalue().count("\n") < shutil.get_terminal_size().lines:
         console.print(table)
     else:
-        # Whether the pager shows colours is for click to find out: it tells less to, and takes them out for another.
-        click.echo_via_pager(drawn.getvalue())
+        pager = os.environ.get("PAGER", "").split()
+        if pager and shutil.which(pager[0]) is None:
+            render.remark(f"PAGER: there is no program {pager[0]}")
+        # Whether the pager shows colours is for click to find out: it tells less to, and takes them out for another. It
+        # adds a line end; rich has ended the table with a blank line.
+        click.echo_via_pager(drawn.getvalue().rstrip())
