@@ -179,6 +179,13 @@ GCM_NONCE_BYTES: Final = 12
 GCM_TAG_BYTES: Final = 16
 MAX_GCM_PLAINTEXT_BYTES: Final = (1 << 36) - 32
 """NIST SP 800-38D, 5.2.1.1: 2^39 - 256 bits under one key and nonce."""
+COMMITMENT_BYTES: Final = 32
+MAX_SEALS_PER_SUBKEY: Final = 1 << 16
+MAX_BYTES_PER_SUBKEY: Final = 1 << 36
+"""How often and how much is sealed under one first half of a nonce (`kms.core.envelope.CommittingKey`)."""
+MAX_SUBKEYS_KEPT_PER_KEY: Final = 8
+MAX_SUBKEYS_KEPT: Final = 4096
+"""Of all keys together."""
 MAX_WRAPPED_KEY_BYTES: Final = 1024
 """A wrapped data key in a container header: at most 1 + 1 + 255 + 8 + 62 bytes, with room."""
 FILE_CHUNK_BYTES: Final = 1 << 20

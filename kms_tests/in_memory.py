@@ -11,7 +11,7 @@ from typing import Any, Final
 import pytest
 
 from kms.core.audit import AuditKeys
-from kms.core.envelope import EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.keyring import (
     EMPTY,
     Command,
@@ -45,7 +45,7 @@ PEER = Peer(3, "unix")
 
 def mint(group: str, version: int) -> NewKek:
     with random_key() as key:
-        return NewKek(EnvelopeKey(key), b"wrapped")
+        return NewKek(Kek(key), b"wrapped")
 
 
 class Manager:

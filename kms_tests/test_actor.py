@@ -10,7 +10,7 @@ import pytest
 import trio
 import trio.testing
 
-from kms.core.envelope import EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.keyring import EMPTY, Keyring, NewKek, VersionStatus
 from kms.core.secret import Secret
 from kms.errors import (
@@ -22,6 +22,7 @@ from kms.errors import (
     UnavailableError,
 )
 from kms.service.actor import KeyringActor
+from kms_tests.keks import opened, sealed
 
 
 class Store:
@@ -29,14 +30,14 @@ class Store:
 
     def __init__(self) -> None:
         self.saved: list[Keyring] = []
-        self.minted: list[EnvelopeKey] = []
+        self.minted: list[Kek] = []
         self.failure: Exception | None = None
         self.gate = threading.Event()
         self.gate.set()
         self.saving = threading.Event()
 
     def mint(self, group: str, version: int) -> NewKek:
-        key = EnvelopeKey(Secret(bytearray(32)))
+        key = Kek(Secret(bytearray(32)))
         self.minted.append(key)
         return NewKek(key, b"wrapped")
 
@@ -136,7 +137,7 @@ async def test_a_failed_save_leaves_the_old_keyring_and_the_next_mutation_tries_
             await actor.rotate_group("a", permitted)
         assert actor.current is before
         with pytest.raises(DecryptionFailedError):  # the key of the mutation that did not happen is wiped
-            store.minted[-1].seal(b"", b"")
+            sealed(store.minted[-1])
         store.failure = None
         assert (await actor.rotate_group("a", permitted)).active.version == 2
 
@@ -242,16 +243,16 @@ async def test_a_destroyed_key_is_wiped_only_after_the_save() -> None:
         await actor.rotate_group("a", permitted)
         key = actor.current.groups["a"].versions[1].key
         assert key is not None
-        sealed = key.seal(b"x", b"")
+        blob = sealed(key)
         store.failure = SaveFailedError("no space")
         with pytest.raises(InternalError):
             await actor.destroy_version("a", 1, permitted)
-        assert key.open(sealed, b"") == b"x", "the destruction did not happen, so the key must still be there"
+        assert opened(key, blob) == b"x", "the destruction did not happen, so the key must still be there"
         store.failure = None
         await actor.destroy_version("a", 1, permitted)
         assert actor.list_groups()[0].versions[1].status is VersionStatus.DESTROYED
         with pytest.raises(DecryptionFailedError):
-            key.open(sealed, b"")
+            opened(key, blob)
 
 
 async def test_a_version_disabled_and_enabled_keeps_its_key() -> None:
@@ -264,4 +265,4 @@ async def test_a_version_disabled_and_enabled_keeps_its_key() -> None:
         await actor.enable_version("a", 1, permitted)
         assert actor.current.groups["a"].versions[1].key is key
         assert key is not None
-        key.seal(b"x", b"")
+        sealed(key)

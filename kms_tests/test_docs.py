@@ -13,7 +13,10 @@ from kms import errors, limits
 from kms.cli import admin, client, server
 from kms.client.environment import ALLOW_GROUP
 from kms.core import ciphertext
-from kms.core.envelope import EnvelopeKey
+from kms.core.ciphertext import Purpose
+from kms.core.derive import sub_key
+from kms.core.envelope import CommittingKey, EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.secret import Secret
 from kms.errors import WireError
 from kms.server.config import ENVIRONMENT
@@ -115,12 +118,34 @@ def test_the_error_codes_are_those_of_the_code() -> None:
 
 
 def test_the_worked_example_of_a_ciphertext_comes_out_as_it_is_shown() -> None:
-    block = page("formats.rst").partition("    key         ")[2].partition("\n\n")[0]
-    fields = re.split(r"\n    (?:nonce|plaintext|aad|ciphertext) ", block)
-    key, nonce, plaintext, aad, shown = map(bytes.fromhex, fields)
-    with Secret(bytearray(key)) as secret:
-        envelope = EnvelopeKey(secret).seal_with_nonce(nonce, plaintext, aad)
-    assert shown == ciphertext.header("billing", 1) + envelope
+    fields = example("Ciphertext 03")
+    with Secret(bytearray(fields["kek"])) as kek, sub_key(kek, "mini-kms/v3/kek/xaes-256-gcm-kc") as key:
+        with key.view() as view:
+            assert fields["sub-key"] == view
+        bound = ciphertext.bound(ciphertext.header(Purpose.ENCRYPT, ciphertext.kek_id("billing", 1)), fields["aad"])
+        assert fields["bound"] == bound
+        envelope = CommittingKey(key).seal_with_nonce(fields["nonce"], fields["plaintext"], bound)
+        assert Kek(kek).open(ciphertext.parse(fields["ciphertext"]), fields["aad"]) == fields["plaintext"]
+    assert fields["ciphertext"] == ciphertext.header(Purpose.ENCRYPT, ciphertext.kek_id("billing", 1)) + envelope
+
+
+def test_the_worked_example_of_an_earlier_ciphertext_comes_out_as_it_is_shown() -> None:
+    fields = example("Ciphertext 02")
+    with Secret(bytearray(fields["kek"])) as secret:
+        envelope = EnvelopeKey(secret).seal_with_nonce(fields["nonce"], fields["plaintext"], fields["aad"])
+    assert fields["ciphertext"] == ciphertext.earlier_header(ciphertext.kek_id("billing", 1)) + envelope
+
+
+def example(title: str) -> dict[str, bytes]:
+    """The fields of the worked example of this title, in docs/formats.rst."""
+    block = (
+        page("formats.rst")
+        .partition(f"{title}, a worked example\n")[2]
+        .partition(".. code:: text\n\n")[2]
+        .partition("\n\n")[0]
+    )
+    fields = re.findall(r"^    (\S+) +(\S.*(?:\n     .*)*)", block, re.MULTILINE)
+    return {name: bytes.fromhex(value) for name, value in fields}
 
 
 def test_every_decision_is_in_the_index_under_its_own_title() -> None:

@@ -18,7 +18,8 @@ from kms.client.files import decrypt_file, encrypt_file, reencrypt_file, source_
 from kms.client.protocol import DataKey
 from kms.core import ciphertext as ciphertexts
 from kms.core import container
-from kms.core.envelope import EnvelopeKey
+from kms.core.ciphertext import Purpose
+from kms.core.kek import Kek
 from kms.core.secret import Secret
 from kms.errors import (
     AlteredFileError,
@@ -29,6 +30,7 @@ from kms.errors import (
     ProtocolError,
 )
 from kms.limits import FILE_CHUNK_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
+from kms_tests import keks
 
 SIZES = [0, 1, 15, 16, 17, FILE_CHUNK_BYTES - 1, FILE_CHUNK_BYTES, FILE_CHUNK_BYTES + 1, 2 * FILE_CHUNK_BYTES + 5]
 
@@ -45,20 +47,20 @@ class FakeClient:
 
     def encrypt(self, plaintext: bytes, key_id: str, aad: bytes) -> bytes:
         self.calls += 1
-        return self._key(key_id).seal(plaintext, aad, ciphertexts.header(key_id, 1))
+        return keks.sealed(self._key(key_id), plaintext, aad, group=key_id, purpose=Purpose.DATA_KEY)
 
     def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         self.calls += 1
         parsed = ciphertexts.parse(ciphertext)
         if parsed.version != 1 or source_key_id not in (None, parsed.group):
             raise DecryptionFailedError
-        return self._key(parsed.group).open(parsed.envelope, aad)
+        return self._key(parsed.group).open(parsed, aad)
 
     def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         return self.encrypt(self.decrypt(ciphertext, aad, source_key_id=source_key_id), key_id, aad)
 
-    def _key(self, group: str) -> EnvelopeKey:
-        return EnvelopeKey(Secret(bytearray(group.encode().ljust(32, b"-"))))
+    def _key(self, group: str) -> Kek:
+        return Kek(Secret(bytearray(group.encode().ljust(32, b"-"))))
 
 
 CLIENT = FakeClient()

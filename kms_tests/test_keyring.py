@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kms.core import keyring as keyring_module
-from kms.core.envelope import EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.keyring import (
     EMPTY,
     Command,
@@ -38,7 +38,7 @@ G = "billing"
 
 
 def _mint(group: str, version: int) -> NewKek:
-    return NewKek(EnvelopeKey(Secret(bytearray(32))), f"{group}/{version}".encode())
+    return NewKek(Kek(Secret(bytearray(32))), f"{group}/{version}".encode())
 
 
 def _apply(keyring: Keyring, *commands: Command, now: int = 1_700_000_000) -> Keyring:
@@ -263,7 +263,7 @@ def test_ACTIVE_and_ENABLED_versions_decrypt_and_no_others(status: VersionStatus
 
 
 def test_a_kek_id_is_what_stands_in_front_of_every_ciphertext() -> None:
-    assert _with_v1(ACTIVE).groups[G].active.ciphertext_header == b"\x02\x07billing" + (1).to_bytes(8, "big")
+    assert _with_v1(ACTIVE).groups[G].active.kek_id == b"\x07billing" + (1).to_bytes(8, "big")
 
 
 def test_a_group_rotates_by_itself() -> None:
@@ -282,7 +282,7 @@ def test_a_keyring_is_a_value_that_does_not_change() -> None:
 
 
 def test_the_repr_of_a_version_shows_no_key() -> None:
-    assert "<EnvelopeKey>" in repr(_with_v1(ACTIVE).groups[G].active)
+    assert "<Kek>" in repr(_with_v1(ACTIVE).groups[G].active)
 
 
 @given(stored_names)

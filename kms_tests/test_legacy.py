@@ -87,7 +87,7 @@ def _opens(keyring: Keyring, blob: bytes, aad: bytes) -> bytes:
     parsed = ciphertext.parse(blob)
     key = keyring.groups[parsed.group].versions[parsed.version].key
     assert key is not None
-    return key.open(parsed.envelope, aad)
+    return key.open(parsed, aad)
 
 
 def test_groups_and_versions_of_all_states_load(path: Path, groups: list[Group]) -> None:

@@ -3,7 +3,8 @@ from __future__ import annotations
 import pytest
 
 from kms.core import ciphertext
-from kms.core.envelope import EnvelopeKey
+from kms.core.ciphertext import Ciphertext, Purpose
+from kms.core.kek import Kek
 from kms.core.keyring import (
     EMPTY,
     CreateGroup,
@@ -16,6 +17,7 @@ from kms.core.keyring import (
 from kms.errors import DecryptionFailedError
 from kms.service.local_provider import LocalMasterKeyProvider
 from kms_tests.in_memory import mint
+from kms_tests.keks import forged
 
 
 class Holder:
@@ -37,7 +39,7 @@ def refused(provider: LocalMasterKeyProvider, blob: bytes, only_of: str | None =
 
 def test_a_ciphertext_of_another_group_than_the_one_it_has_to_be_of_does_not_open(holder: Holder) -> None:
     provider = LocalMasterKeyProvider(holder)
-    blob = provider.seal("a", b"secret", b"")
+    blob = provider.seal("a", b"secret", b"", Purpose.ENCRYPT)
     assert provider.open(ciphertext.parse(blob), b"", "a") == b"secret"
     refused(provider, blob, "b")
 
@@ -45,29 +47,29 @@ def test_a_ciphertext_of_another_group_than_the_one_it_has_to_be_of_does_not_ope
 def test_each_refusal_costs_one_decryption_of_the_whole(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     # How long it takes must not tell an unknown, disabled or destroyed version, or another group, from a wrong tag.
     provider = LocalMasterKeyProvider(holder)
-    blob = provider.seal("a", bytes(1000), b"")
+    blob = provider.seal("a", bytes(1000), b"", Purpose.ENCRYPT)
+    size = len(ciphertext.parse(blob).envelope)
     holder.current = apply(holder.current, RotateGroup("a"), now=0, mint=mint)
-    envelope = blob[11:]
     opened: list[int] = []
-    real = EnvelopeKey.open
+    real = Kek.open
 
-    def counted(self: EnvelopeKey, envelope: bytes, aad: bytes) -> bytes:
-        opened.append(len(envelope))
-        return real(self, envelope, aad)
+    def counted(self: Kek, sealed: Ciphertext, aad: bytes) -> bytes:
+        opened.append(len(sealed.envelope))
+        return real(self, sealed, aad)
 
-    monkeypatch.setattr(EnvelopeKey, "open", counted)
+    monkeypatch.setattr(Kek, "open", counted)
     refused(provider, blob[:-1] + bytes((blob[-1] ^ 1,)))
-    refused(provider, ciphertext.header("nobody", 1) + envelope)
-    refused(provider, ciphertext.header("a", 99) + envelope)
+    refused(provider, forged("nobody", 1, size=1000))
+    refused(provider, forged("a", 99, size=1000))
     refused(provider, blob, "b")
     holder.current = apply(holder.current, DisableVersion("a", 3), now=0, mint=mint)
     refused(provider, blob)
     holder.current = apply(holder.current, DestroyVersion("a", 3), now=0, mint=mint)
     refused(provider, blob)
-    assert opened == [len(envelope)] * 6
+    assert opened == [size] * 6
 
 
 def test_what_stands_in_for_a_key_that_is_not_there_opens_nothing(holder: Holder, monkeypatch: pytest.MonkeyPatch) -> None:
     provider = LocalMasterKeyProvider(holder)
-    monkeypatch.setattr(EnvelopeKey, "open", lambda *_: b"opened")
-    refused(provider, ciphertext.header("nobody", 1) + bytes(60))
+    monkeypatch.setattr(Kek, "open", lambda *_: b"opened")
+    refused(provider, forged("nobody", 1))

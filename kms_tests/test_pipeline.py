@@ -5,12 +5,16 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import unittest.mock
 import weakref
 from base64 import b64decode
 from typing import Any
 
 import pytest
 
+from kms.core import ciphertext
+from kms.core.ciphertext import Purpose
+from kms.core.kek import Kek
 from kms.limits import MAX_FRAME_BYTES
 from kms_tests.in_memory import ADMIN, API, PEER, Server, finish, text
 
@@ -30,7 +34,7 @@ def test_Health_and_Ping_answer_ok(server: Server, kind: str) -> None:
 @pytest.mark.parametrize("key", [{}, {"keyId": None}, {"keyId": ""}, {"keyId": "  "}, {"keyId": "default"}])
 def test_an_omitted_null_or_blank_keyId_is_default(server: Server, key: dict[str, Any]) -> None:
     blob = b64decode(server.ask("Encrypt", plaintext=text(b"x"), **key)["ciphertext"])
-    assert blob[:10] == b"\x02\x07default" + b"\x00"
+    assert blob[:11] == b"\x03\x01\x07default" + b"\x00"
 
 
 def test_Encrypt_then_Decrypt_returns_the_plaintext(server: Server) -> None:
@@ -56,8 +60,45 @@ def test_ReEncrypt_moves_a_ciphertext_and_shows_no_plaintext(server: Server) -> 
     sealed = server.ask("Encrypt", plaintext=text(b"hello"))["ciphertext"]
     moved = server.ask("ReEncrypt", ciphertext=sealed, keyId="other")
     assert set(moved) == {"status", "ciphertext"}
-    assert b64decode(moved["ciphertext"])[2:7] == b"other"
+    assert b64decode(moved["ciphertext"])[3:8] == b"other"
     assert server.ask("Decrypt", ciphertext=moved["ciphertext"])["plaintext"] == text(b"hello")
+
+
+def purpose_of(blob: str) -> int:
+    return ciphertext.parse(b64decode(blob)).purpose
+
+
+def test_what_a_ciphertext_was_made_for_stays_with_it_wherever_it_is_moved(server: Server) -> None:
+    sealed, wrapped = server.ask("Encrypt", plaintext="")["ciphertext"], server.ask("GenerateDataKey")["wrappedDataKey"]
+    key = server.manager.current.groups["default"].active.key
+    assert key is not None
+    with unittest.mock.patch.object(Kek, "open", return_value=b"opened"):
+        header = ciphertext.earlier_header(ciphertext.kek_id("default", 1))
+        moved = server.ask("ReEncrypt", ciphertext=text(header + b"\x01\x01" + bytes(40)))["ciphertext"]
+    assert [purpose_of(blob) for blob in (sealed, wrapped, moved)] == [Purpose.ENCRYPT, Purpose.DATA_KEY, Purpose.UNKNOWN]
+    for blob in (sealed, wrapped, moved):
+        again = server.ask("ReEncrypt", ciphertext=blob)["ciphertext"]
+        assert purpose_of(again) == purpose_of(blob)
+        assert again != blob
+
+
+def test_no_field_of_a_request_says_what_a_ciphertext_is_for(server: Server) -> None:
+    assert purpose_of(server.ask("Encrypt", plaintext="", purpose=2)["ciphertext"]) == Purpose.ENCRYPT
+
+
+def test_an_earlier_ciphertext_that_would_grow_too_long_is_refused_with_that_reason() -> None:
+    server = Server(max_frame_bytes=4096)
+    longest = 0
+    for size in range(2500, 3000):
+        reply = server.ask("Encrypt", plaintext=text(bytes(size)))
+        if reply["status"] == "error":
+            assert reply["message"] == "plaintext: its ciphertext would be too large for a request; use a data key"
+            break
+        longest = size
+    earlier = ciphertext.earlier_header(ciphertext.kek_id("default", 1)) + b"\x01\x01" + bytes(28 + longest + 20)
+    with unittest.mock.patch.object(Kek, "open", return_value=bytes(longest + 20)):
+        reply = server.ask("ReEncrypt", ciphertext=text(earlier))
+    assert reply["message"] == "ciphertext: re-encrypted it would be too large for a request; decrypt it instead"
 
 
 def test_a_rotation_strands_nothing(server: Server) -> None:
@@ -154,14 +195,18 @@ def every_failure_to_open(server: Server) -> dict[str, dict[str, Any]]:
     server.admin("DestroyVersion", keyId="k", version=2)
     good = b64decode(server.ask("Encrypt", plaintext=text(b"x"), aad=text(b"a"))["ciphertext"])
     return {
+        "another purpose": {"ciphertext": text(b"\x03\x02" + good[2:]), "aad": text(b"a")},
+        "no such purpose": {"ciphertext": text(b"\x03\x09" + good[2:]), "aad": text(b"a")},
+        "as if it were an earlier one": {"ciphertext": text(b"\x02" + good[2:]), "aad": text(b"a")},
+        "another commitment": {"ciphertext": text(good[:-32] + bytes(32)), "aad": text(b"a")},
         "wrong AAD": {"ciphertext": text(good), "aad": text(b"b")},
         "tampering": {"ciphertext": text(good[:-1] + bytes([good[-1] ^ 1])), "aad": text(b"a")},
         "wrong key": {"ciphertext": text(good.replace(b"\x07default", b"\x01k")), "aad": text(b"a")},
         "malformed blob": {"ciphertext": text(b"\x02"), "aad": text(b"a")},
         "empty": {"ciphertext": ""},
-        "group name that is no UTF-8": {"ciphertext": text(b"\x02\x01\xff" + good[9:])},
+        "group name that is no UTF-8": {"ciphertext": text(b"\x03\x01\x01\xff" + good[10:])},
         "unknown group": {"ciphertext": text(good.replace(b"default", b"nobody!")), "aad": text(b"a")},
-        "unknown version": {"ciphertext": text(good[:16] + b"\x09" + good[17:]), "aad": text(b"a")},
+        "unknown version": {"ciphertext": text(good[:17] + b"\x09" + good[18:]), "aad": text(b"a")},
         "disabled version": {"ciphertext": disabled},
         "destroyed version": {"ciphertext": destroyed},
     }

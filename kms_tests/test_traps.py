@@ -262,11 +262,11 @@ def test_a_name_is_only_itself(name: str) -> None:
     server = Server()
     server.manager.current = _lookalikes()
     sealed = b64decode(server.ask("Encrypt", keyId=name, plaintext=text(name.encode()))["ciphertext"])
-    assert sealed[2 : 2 + sealed[1]] == name.encode()
+    assert sealed[3 : 3 + sealed[2]] == name.encode()
     assert server.ask("Decrypt", ciphertext=b64encode(sealed).decode())["plaintext"] == text(name.encode())
     for other in LOOKALIKES:
         if other != name:
-            renamed = bytes((2, len(other.encode()))) + other.encode() + sealed[2 + sealed[1] :]
+            renamed = bytes((3, 1, len(other.encode()))) + other.encode() + sealed[3 + sealed[2] :]
             assert server.ask("Decrypt", ciphertext=text(renamed))["errorCode"] == "DecryptionFailed"
 
 

@@ -20,10 +20,10 @@ import kms.errors
 from kms.client.async_ import AsyncKmsClient
 from kms.client.blocking import KmsClient
 from kms.client.protocol import Requests
-from kms.core.ciphertext import header
 from kms.errors import ConfigError, InvalidRequestError
+from kms_tests.keks import forged
 
-BLOB = header("default", 1) + bytes(40)
+BLOB = forged("default", 1)
 NONE_OF_THEM = [1.5, [1], {}, object()]
 WRONG: dict[str, list[Any]] = {
     "BytesLike": ["text", "", None, 1, True, [b"x"], *NONE_OF_THEM],

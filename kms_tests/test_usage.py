@@ -10,7 +10,6 @@ import pytest
 import trio
 from trio.testing import MockClock
 
-from kms.core import ciphertext
 from kms.core.keyring import EMPTY, EnableVersion
 from kms.core.policy import AllowAll, Operation
 from kms.core.usage import OTHERS, Operations, TimedDisable
@@ -24,6 +23,7 @@ from kms.service.trials import Trials
 from kms.service.usage import Usage, load
 from kms.storage import usage_file
 from kms_tests.in_memory import Only, Server, text, unrecorded
+from kms_tests.keks import forged
 
 NOW = 1_800_000_000
 NAME = ("default", 1)
@@ -83,11 +83,11 @@ def test_each_kind_of_operation_is_counted_for_the_version_that_did_it(server: C
 
 
 def test_what_was_refused_is_not_counted_and_makes_no_entry(server: Counted) -> None:
-    forged = ciphertext.header("billing", 3) + bytes(40)
+    blob = forged("billing", 3)
     server.ask("Encrypt", "wrong", plaintext="")
     server.ask("Encrypt", plaintext="", keyId="nobody")
-    server.ask("Decrypt", ciphertext=text(forged))
-    server.ask("ReEncrypt", ciphertext=text(forged))
+    server.ask("Decrypt", ciphertext=text(blob))
+    server.ask("ReEncrypt", ciphertext=text(blob))
     server.ask("Health")
     server.line(b"nonsense")
     assert server.usage._table == {}
@@ -315,7 +315,7 @@ def test_who_is_refused_a_version_that_is_disabled_for_a_time_is_counted(server:
     server.ask("ReEncrypt", ciphertext=sealed)
     server.ask("Decrypt", "wrong", ciphertext=sealed)
     server.ask("Decrypt", ciphertext="AAAA")
-    server.ask("Decrypt", ciphertext=text(ciphertext.header("default", 2) + bytes(40)))
+    server.ask("Decrypt", ciphertext=text(forged("default", 2)))
     refused = server.usage.running[NAME].refused
     assert {name: (who.requests, who.last_epoch_sec) for name, who in refused.items()} == {"api": (2, NOW + 5)}
 
@@ -330,9 +330,9 @@ def test_who_may_not_use_the_group_anyway_is_not_counted(server: Counted) -> Non
 def test_a_crowd_of_principals_is_told_apart_up_to_a_bound(server: Counted) -> None:
     sealed = disabled(server)
     for number in range(MAX_REFUSED_NAMES + 3):
-        server.usage._count_refusal(ciphertext.header(*NAME) + bytes(40), f"p{number}")
+        server.usage._count_refusal(forged(*NAME), f"p{number}")
     server.ask("Decrypt", ciphertext=sealed)
-    server.usage._count_refusal(ciphertext.header(*NAME) + bytes(40), "p0")
+    server.usage._count_refusal(forged(*NAME), "p0")
     refused = server.usage.running[NAME].refused
     assert len(refused) == MAX_REFUSED_NAMES + 1
     assert (refused[OTHERS].requests, refused["p0"].requests) == (4, 2)

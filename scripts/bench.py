@@ -18,7 +18,7 @@ import msgspec
 import rich_click as click
 from rich.console import Console
 
-from scripts.benchmark import clients, control_plane, data_plane, files, report, servers
+from scripts.benchmark import clients, control_plane, data_plane, files, report, servers, session
 from scripts.benchmark.processes import Bench, BenchmarkError
 
 SECTIONS: Final = ("data", "team", "control", "clients", "files")
@@ -119,6 +119,7 @@ def main(
             if "team" in chosen:
                 figures.team = servers.team(bench, rounds=rounds, seconds=seconds, said=said)
             if baseline is not None:
+                figures.session = session.compare(baseline, rounds=rounds, said=said)
                 figures.baseline = servers.baseline(bench, baseline, rounds=rounds, seconds=seconds, said=said)
             if "control" in chosen:
                 said("making keystores")

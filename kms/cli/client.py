@@ -303,10 +303,10 @@ def _plaintext_limit(key: str | None, aad: bytes, request_id: str | None, token_
 
 
 def _ciphertext(content: bytes) -> bytes:
-    from kms.core.ciphertext import FORMAT
+    from kms.core.ciphertext import is_one
     from kms.core.container import MAGIC
 
-    if content[:1] == bytes((FORMAT,)):
+    if is_one(content):
         return content
     if content.startswith(MAGIC):
         raise InputError("the input is an MKE1 file; use decrypt-file")
@@ -314,7 +314,7 @@ def _ciphertext(content: bytes) -> bytes:
         raw = base64.b64decode(b"".join(content.split()), validate=True)
     except (binascii.Error, ValueError):
         raw = b""
-    if raw[:1] != bytes((FORMAT,)):
+    if not is_one(raw):
         raise InputError("the input is neither a ciphertext nor the base64 of one; give what encrypt wrote")
     return raw
 

@@ -388,22 +388,18 @@ def _one_ciphertext(content: bytes, name: str) -> tuple[bytes, Callable[[bytes],
     """The ciphertext that is the whole of a file, and how to write its successor in the same form."""
     blob = content
     encode: Callable[[bytes], bytes] = bytes
-    if not _is_ciphertext(blob):
+    if not ciphertext.is_one(blob):
         try:
             # Base64 tools break lines.
             blob = base64.b64decode(b"".join(content.split()), validate=True)
         except binascii.Error:
             blob = b""
-        if not _is_ciphertext(blob):
+        if not ciphertext.is_one(blob):
             raise InputError(f"{name} is neither an MKE1 file nor a ciphertext")
         encode = _base64_line if content.endswith(b"\n") else base64.b64encode
     if len(blob) > _MAX_CIPHERTEXT_BYTES:
         raise InputError(f"{name} is larger than the {_MAX_CIPHERTEXT_BYTES} bytes one ciphertext may have")
     return blob, encode
-
-
-def _is_ciphertext(blob: bytes) -> bool:
-    return blob[:1] == bytes((ciphertext.FORMAT,))
 
 
 def _base64_line(blob: bytes) -> bytes:

@@ -1,74 +1,155 @@
 """The client-facing ciphertext: which key, then the envelope under it.
 
-    02 version | N, 1 byte (1..255) | N bytes of UTF-8 group name | KEK version, 8 bytes big-endian | inner envelope
+    03 version | purpose, 1 byte | N, 1 byte (1..255) | N bytes of UTF-8 group name | KEK version, 8 bytes big-endian
+       | committing envelope (`kms.core.envelope`)
+    02 version | N, 1 byte (1..255) | N bytes of UTF-8 group name | KEK version, 8 bytes big-endian | plain envelope
 
-The kek_id travels inside the ciphertext, so a rotation strands nothing. It is not secret, and it needs no
-authentication of its own: changed, it names another key, under which the envelope does not open.
+The KEK's id travels inside the ciphertext, so a rotation strands nothing. It is not secret. What is written is 03, whose
+header is authenticated with the caller's AAD. That of 02, which earlier releases wrote, and which opens for ever, is not:
+changed, it names another key, under which the envelope does not open.
+
+The purpose says which operation made it, so that what somebody encrypted is never taken for a data key. No field of a
+request sets it.
 """
 
 from __future__ import annotations
 
+from enum import IntEnum
 from typing import Final, NamedTuple
 
-from kms.core.envelope import OVERHEAD_BYTES
+from kms.core.envelope import COMMITTING_OVERHEAD_BYTES, COMMITTING_PREFIX, OVERHEAD_BYTES, PREFIX
 from kms.errors import DecryptionFailedError
 from kms.limits import MAX_GROUP_NAME_BYTES, MAX_VERSION
 
-FORMAT: Final = 2
+FORMAT: Final = 3
+EARLIER_FORMAT: Final = 2
+_LENGTH_BYTES: Final = 8
+_VERSION_BYTES: Final = 8
+_OVERHEAD_BYTES: Final = _VERSION_BYTES + COMMITTING_OVERHEAD_BYTES
+_EARLIER_OVERHEAD_BYTES: Final = _VERSION_BYTES + OVERHEAD_BYTES
+_SHORTEST: Final = EARLIER_FORMAT + 1 + _EARLIER_OVERHEAD_BYTES
+
+
+class Purpose(IntEnum):
+    """Which operation made a ciphertext."""
+
+    UNKNOWN = 0
+    """It was re-encrypted from one that did not say."""
+    ENCRYPT = 1
+    DATA_KEY = 2
+    DATA_KEY_PAIR = 3
+
+
+_PURPOSES: Final = {purpose.value: purpose for purpose in Purpose}
+_PURPOSE_BYTES: Final = {purpose: bytes((FORMAT, purpose)) for purpose in Purpose}
+_BEGINNINGS: Final = frozenset(_PURPOSE_BYTES.values())
+_EARLIER: Final = bytes((EARLIER_FORMAT,))
 
 
 class Ciphertext(NamedTuple):
-    """A ciphertext taken apart. `envelope` is not yet verified."""
+    """A ciphertext taken apart. `envelope` is not yet verified, nor is anything else; `header` is all before it."""
 
     group: str
     version: int
     envelope: bytes
+    purpose: Purpose
+    header: bytes
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether the envelope is a committing one, and its header authenticated."""
+        return self.header[0] == FORMAT
+
+    @property
+    def plaintext_bytes(self) -> int:
+        """How long its plaintext is."""
+        return len(self.envelope) - (COMMITTING_OVERHEAD_BYTES if self.is_bound else OVERHEAD_BYTES)
 
 
-def header(group: str, version: int) -> bytes:
-    """What stands in front of every envelope under this key. Raises `ValueError` for an impossible name or number.
+def kek_id(group: str, version: int) -> bytes:
+    """A KEK's id as every ciphertext under it has it. Raises `ValueError` for an impossible name or number.
 
-    No ciphertext can hold a name of more than 255 bytes, which a migrated keystore may have. Its header has the length 0,
-    so that it is like no other's, and nothing that `group` would read.
+    No ciphertext can hold a name of more than 255 bytes, which a migrated keystore may have. Its id has the length 0, so
+    that it is like no other's, and nothing that `group` would read.
     """
     name = group.encode("utf-8")
     if not name:
         raise ValueError("a group name is not empty")
     if not 1 <= version <= MAX_VERSION:
         raise ValueError("a version is 1 to 2^63-1")
-    return bytes((FORMAT, len(name) if len(name) <= MAX_GROUP_NAME_BYTES else 0)) + name + version.to_bytes(8, "big")
+    length = len(name) if len(name) <= MAX_GROUP_NAME_BYTES else 0
+    return bytes((length,)) + name + version.to_bytes(_VERSION_BYTES, "big")
 
 
-def header_of(blob: bytes) -> bytes:
-    """What `header` made, of a ciphertext that was just made or opened here. Of any other it may be anything."""
-    return blob[: blob[1] + 10]
+def header(purpose: Purpose, kek: bytes) -> bytes:
+    """What a ciphertext under the KEK of this id begins with; the committing envelope follows it."""
+    return _PURPOSE_BYTES[purpose] + kek
+
+
+def earlier_header(kek: bytes) -> bytes:
+    """What a ciphertext 02 begins with; the plain envelope follows it."""
+    return _EARLIER + kek
+
+
+def bound(header: bytes, aad: bytes) -> bytes:
+    """What a committing envelope authenticates: its ciphertext's header and the caller's AAD, each after its length."""
+    return b"".join((len(header).to_bytes(_LENGTH_BYTES, "big"), header, len(aad).to_bytes(_LENGTH_BYTES, "big"), aad))
+
+
+def is_one(blob: bytes) -> bool:
+    """Whether it begins as a ciphertext does."""
+    return blob[:1] == _EARLIER or blob[:2] in _BEGINNINGS
+
+
+def kek_id_of(blob: bytes) -> bytes:
+    """The `kek_id` in a ciphertext that was just made or opened here. Of any other it may be anything."""
+    # In 03 the purpose stands between.
+    start = blob[0] - 1
+    return blob[start : start + blob[start] + 9]
 
 
 def version_of(blob: bytes) -> int:
-    """The version in `header_of`, with the same reservation."""
-    start = 2 + blob[1]
-    return int.from_bytes(blob[start : start + 8], "big")
+    """The version in a ciphertext, with the same reservation."""
+    start = blob[0] + blob[blob[0] - 1]
+    return int.from_bytes(blob[start : start + _VERSION_BYTES], "big")
 
 
 def parse(blob: bytes) -> Ciphertext:
     """Take a ciphertext apart; raises `DecryptionFailedError` for anything that is not one."""
-    name, version = kek_id(blob)
-    return Ciphertext(name, version, blob[10 + blob[1] :])
+    name = group(blob)
+    start = blob[0]
+    end = start + blob[start - 1] + _VERSION_BYTES
+    prefix, purpose = (COMMITTING_PREFIX, _PURPOSES[blob[1]]) if start == FORMAT else (PREFIX, Purpose.UNKNOWN)
+    # No key is to see an envelope of the other kind.
+    if blob[end : end + len(prefix)] != prefix:
+        raise DecryptionFailedError
+    return Ciphertext(name, int.from_bytes(blob[end - _VERSION_BYTES : end], "big"), blob[end:], purpose, blob[:end])
 
 
-def kek_id(blob: bytes) -> tuple[str, int]:
+def named(blob: bytes) -> tuple[str, int]:
     """Only the group and the version that it names; raises what `parse` raises."""
     return group(blob), version_of(blob)
 
 
 def group(blob: bytes) -> str:
     """Only the group's name, for who has to decide before anything is opened; raises what `parse` raises."""
-    if len(blob) < 2 or blob[0] != FORMAT:
+    length = len(blob)
+    if length < _SHORTEST:
         raise DecryptionFailedError
-    name_bytes = blob[1]
-    if name_bytes == 0 or len(blob) < 2 + name_bytes + 8 + OVERHEAD_BYTES:
+    # The number of each format is that of the bytes before the name.
+    start = blob[0]
+    if start == FORMAT:
+        overhead = _OVERHEAD_BYTES
+        if blob[1] not in _PURPOSES:
+            raise DecryptionFailedError
+    elif start == EARLIER_FORMAT:
+        overhead = _EARLIER_OVERHEAD_BYTES
+    else:
+        raise DecryptionFailedError
+    name_bytes = blob[start - 1]
+    if name_bytes == 0 or length < start + name_bytes + overhead:
         raise DecryptionFailedError
     try:
-        return blob[2 : 2 + name_bytes].decode("utf-8")
+        return blob[start : start + name_bytes].decode()
     except UnicodeDecodeError:
         raise DecryptionFailedError from None

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Final
 
 from kms.core import ciphertext
-from kms.core.envelope import OVERHEAD_BYTES
+from kms.core.ciphertext import Purpose
 from kms.errors import DecryptionFailedError, InputError
 from kms.limits import KEY_BYTES, MAX_WRAPPED_KEY_BYTES
 
@@ -38,13 +38,13 @@ def wrapped_key_length(fixed: bytes) -> int:
 
 
 def is_wrapped_key(blob: bytes) -> bool:
-    """Whether `blob` has the form and the length of a wrapped data key: a ciphertext of 32 bytes.
+    """Whether `blob` may be a wrapped data key: a ciphertext of 32 bytes that was not made for anything else.
 
     Any other ciphertext has no place in a header. One that somebody put there would be opened, or moved to another
     group, by whoever handles the file, for whom it need not be meant.
     """
     try:
-        name_bytes = len(ciphertext.group(blob).encode())
+        sealed = ciphertext.parse(blob)
     except DecryptionFailedError:
         return False
-    return len(blob) == 2 + name_bytes + 8 + OVERHEAD_BYTES + KEY_BYTES
+    return sealed.plaintext_bytes == KEY_BYTES and sealed.purpose in (Purpose.DATA_KEY, Purpose.UNKNOWN)

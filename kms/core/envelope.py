@@ -1,26 +1,42 @@
-"""The inner envelope: AES-256-GCM. The only file in which AES runs.
+"""The inner envelopes, which all that is encrypted here is in. The only file in which AES runs.
 
     01 version | 01 algorithm (AES-256-GCM) | 12-byte nonce | ciphertext || 16-byte tag
+    01 version | 02 algorithm (XAES-256-GCM, committing) | 24-byte nonce | ciphertext || 16-byte tag | 32-byte commitment
 
 The nonce is drawn fresh here for every seal and is never taken from a caller: two messages under one key and nonce
 give away their XOR and the authentication key (NIST SP 800-38D, section 8). Random 96-bit nonces keep the chance of
-a repeat below 2^-32 for 2^32 seals per key, which is the bound at which a key should have been rotated.
+a repeat below 2^-32 for 2^32 seals per key, which is the bound at which a key should have been rotated. What programs
+encrypt is therefore under the second, with 192 bits of nonce, which nobody comes near; the first is for what is sealed
+seldom: keys in the keystore, a file under a key of its own. What earlier releases made of the first opens for ever.
 
 Every failure to open is the same `DecryptionFailedError`.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
-from typing import Final, NoReturn
+from collections import OrderedDict, deque
+from typing import Final, NamedTuple, NoReturn
+from weakref import ref
 
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, InputError
-from kms.limits import GCM_NONCE_BYTES, GCM_TAG_BYTES, KEY_BYTES, MAX_GCM_PLAINTEXT_BYTES
+from kms.limits import (
+    COMMITMENT_BYTES,
+    GCM_NONCE_BYTES,
+    GCM_TAG_BYTES,
+    KEY_BYTES,
+    MAX_BYTES_PER_SUBKEY,
+    MAX_GCM_PLAINTEXT_BYTES,
+    MAX_SEALS_PER_SUBKEY,
+    MAX_SUBKEYS_KEPT,
+    MAX_SUBKEYS_KEPT_PER_KEY,
+)
 
 PREFIX: Final = b"\x01\x01"
 HEADER_BYTES: Final = len(PREFIX) + GCM_NONCE_BYTES
@@ -36,7 +52,7 @@ class _Wiped:
     def _refuse(self, *_: object) -> NoReturn:
         raise DecryptionFailedError
 
-    encrypt = decrypt = decrypt_into = _refuse
+    encrypt = decrypt = decrypt_into = update = update_into = _refuse
 
 
 class EnvelopeKey:
@@ -89,6 +105,153 @@ class EnvelopeKey:
 
     def __repr__(self) -> str:
         return "<EnvelopeKey>"
+
+
+COMMITTING_PREFIX: Final = b"\x01\x02"
+_SECOND_HALF: Final = len(COMMITTING_PREFIX) + GCM_NONCE_BYTES
+_COMMITTING_HEADER_BYTES: Final = _SECOND_HALF + GCM_NONCE_BYTES
+COMMITTING_OVERHEAD_BYTES: Final = _COMMITTING_HEADER_BYTES + GCM_TAG_BYTES + COMMITMENT_BYTES
+"""What a committing envelope is longer than its plaintext: 74 bytes."""
+
+_BLOCK_BITS: Final = 128
+_BLOCK_BYTES: Final = 16
+_REDUCTION: Final = 0x87
+"""What a bit that leaves the block comes back as: x^7 + x^2 + x + 1, the field of CMAC (NIST SP 800-38B)."""
+
+
+def _blocks(*texts: bytes) -> int:
+    """16-byte blocks as one number, so that one exclusive-or changes all of them."""
+    return int.from_bytes(b"".join(text.ljust(_BLOCK_BYTES, b"\0") for text in texts), "big")
+
+
+_DERIVED_BYTES: Final = 4 * _BLOCK_BYTES - 1
+"""Three blocks, with the room that updating a cipher context asks for."""
+_TWICE: Final = (1 << _BLOCK_BITS) + 1
+"""Times a block, it is that block twice."""
+_KEY_LABELS: Final = _blocks(b"\x00\x01X\x00", b"\x00\x02X\x00")
+_FIRST_COUNTER: Final = b"\x00\x01\x00\x01"
+_SECOND_COUNTER: Final = b"\x00\x01\x00\x02"
+_COMMITMENT_LABEL: Final = b"XCMT"
+
+
+class _Subkey(NamedTuple):
+    """What the first half of a nonce makes of a key; `folded` is X1 xor K1, twice."""
+
+    first: bytes
+    gcm: AESGCM
+    folded: int
+
+
+class CommittingKey:
+    """A 256-bit key for XAES-256-GCM with key commitment (C2SP, and Gueron and Ristenpart in IACR ePrint 2025/758).
+
+    The first half of the 24-byte nonce derives a subkey, under which the second half is AES-GCM's nonce. The commitment is
+    32 bytes that only this key makes of that nonce, so that nobody can make an envelope that opens under two keys.
+
+    Deriving a subkey costs as much as sealing little. So one first half, drawn at random, serves for up to 2^16 seals or
+    2^36 bytes, while the second is drawn each time: for 2^50 seals under one key, two that share both halves are as likely
+    as 2^34 * C(2^16, 2) * 2^-96 = 2^-31. And the subkeys of what opened last are kept: a few for each key, of what was
+    authentic alone, as otherwise anybody's garbage would push them out. None of it can be zeroed but by freeing it.
+
+    Not to be used by two threads at once.
+    """
+
+    __slots__ = ("__weakref__", "_bytes_left", "_ecb", "_k1", "_kept", "_sealer", "_seals_left")
+
+    def __init__(self, key: Secret) -> None:
+        """`key` is 32 bytes; OpenSSL copies it, and the caller should wipe it."""
+        if len(key) != KEY_BYTES:
+            raise ValueError("an AES-256 key has 32 bytes")
+        with key.view() as view:
+            self._ecb: CipherContext | _Wiped = Cipher(algorithms.AES256(view), modes.ECB()).encryptor()  # noqa: S305 - what XAES is made of
+        low = int.from_bytes(self._ecb.update(bytes(_BLOCK_BYTES)), "big") << 1
+        self._k1 = low ^ (1 << _BLOCK_BITS | _REDUCTION) if low >> _BLOCK_BITS else low
+        self._kept: OrderedDict[bytes, _Subkey] = OrderedDict()
+        self._sealer: _Subkey | None = None
+        self._seals_left = self._bytes_left = 0
+
+    def seal(self, plaintext: Buffer, aad: Buffer, prefix: bytes = b"") -> bytes:
+        """`prefix`, then the committing envelope of `plaintext`. `aad` is authenticated and not stored."""
+        subkey = self._sealer
+        self._seals_left -= 1
+        self._bytes_left -= len(plaintext)
+        if subkey is None or self._seals_left < 0 or self._bytes_left < 0:
+            self._sealer = subkey = self._derived(os.urandom(GCM_NONCE_BYTES))
+            self._seals_left = MAX_SEALS_PER_SUBKEY - 1
+            self._bytes_left = MAX_BYTES_PER_SUBKEY - len(plaintext)
+        return self._sealed(subkey, os.urandom(GCM_NONCE_BYTES), plaintext, aad, prefix)
+
+    def seal_with_nonce(self, nonce: bytes, plaintext: Buffer, aad: Buffer) -> bytes:
+        """`seal` below its randomness, for known-answer tests; nothing else may call it."""
+        first, second = nonce[:GCM_NONCE_BYTES], nonce[GCM_NONCE_BYTES:]
+        return self._sealed(self._derived(first), second, plaintext, aad, b"")
+
+    def open(self, envelope: bytes, aad: Buffer) -> bytes:
+        """The plaintext of `envelope`; raises `DecryptionFailedError` whatever is wrong with it.
+
+        Tag and commitment are both looked at, whatever the other says, so that there is one refusal, and one time it takes.
+        """
+        if len(envelope) < COMMITTING_OVERHEAD_BYTES or envelope[:2] != COMMITTING_PREFIX:
+            raise DecryptionFailedError
+        first, second = envelope[2:_SECOND_HALF], envelope[_SECOND_HALF:_COMMITTING_HEADER_BYTES]
+        known = self._sealer if self._sealer is not None and self._sealer.first == first else self._kept.get(first)
+        subkey = self._derived(first) if known is None else known
+        plaintext: bytes | None
+        try:
+            plaintext = subkey.gcm.decrypt(second, envelope[_COMMITTING_HEADER_BYTES:-COMMITMENT_BYTES], aad)
+        except InvalidTag:
+            plaintext = None
+        is_committed = hmac.compare_digest(self._commitment(subkey, second), envelope[-COMMITMENT_BYTES:])
+        if plaintext is None or not is_committed:
+            raise DecryptionFailedError
+        if known is None:
+            self._keep(subkey)
+        elif first in self._kept:
+            self._kept.move_to_end(first)
+        return plaintext
+
+    def wipe(self) -> None:
+        """Free the contexts, which cleanse key and subkeys. The key cannot be used afterwards."""
+        self._ecb = _Wiped()
+        self._k1 = 0
+        self._kept.clear()
+        self._sealer = None
+
+    def __repr__(self) -> str:
+        return "<CommittingKey>"
+
+    def _derived(self, first: bytes) -> _Subkey:
+        nonce = int.from_bytes(first, "big")
+        blocks = self._k1 * _TWICE ^ _KEY_LABELS ^ nonce * _TWICE
+        made = bytearray(_DERIVED_BYTES)
+        self._ecb.update_into(blocks.to_bytes(2 * _BLOCK_BYTES, "big") + _COMMITMENT_LABEL + first, made)
+        x1 = int.from_bytes(made[KEY_BYTES : KEY_BYTES + _BLOCK_BYTES], "big")
+        gcm = AESGCM(memoryview(made)[:KEY_BYTES])
+        made[:] = bytes(_DERIVED_BYTES)
+        return _Subkey(first, gcm, (self._k1 ^ x1) * _TWICE)
+
+    def _sealed(self, subkey: _Subkey, second: bytes, plaintext: Buffer, aad: Buffer, prefix: bytes) -> bytes:
+        body = subkey.gcm.encrypt(second, plaintext, aad)
+        return prefix + COMMITTING_PREFIX + subkey.first + second + body + self._commitment(subkey, second)
+
+    def _commitment(self, subkey: _Subkey, second: bytes) -> bytes:
+        blocks = subkey.folded ^ int.from_bytes(second + _FIRST_COUNTER + second + _SECOND_COUNTER, "big")
+        return self._ecb.update(blocks.to_bytes(2 * _BLOCK_BYTES, "big"))
+
+    def _keep(self, subkey: _Subkey) -> None:
+        self._kept[subkey.first] = subkey
+        if len(self._kept) > MAX_SUBKEYS_KEPT_PER_KEY:
+            self._kept.popitem(last=False)
+        _kept_by.append((ref(self), subkey.first))
+        if len(_kept_by) > MAX_SUBKEYS_KEPT:
+            keeper, first = _kept_by.popleft()
+            key = keeper()
+            if key is not None:
+                key._kept.pop(first, None)
+
+
+_kept_by: Final[deque[tuple[ref[CommittingKey], bytes]]] = deque()
+"""Every subkey that was kept, and by whom, the oldest first, so that those of all keys together are bounded, too."""
 
 
 class StreamSealer:

@@ -23,7 +23,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from kms.core import ciphertext
-from kms.core.envelope import EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.names import NO_SUCH_GROUP, NO_SUCH_VERSION, check_new_name
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
@@ -41,7 +41,7 @@ class VersionStatus(StrEnum):
 class NewKek(NamedTuple):
     """A fresh KEK in its two forms."""
 
-    key: EnvelopeKey
+    key: Kek
     wrapped: bytes
 
 
@@ -57,8 +57,9 @@ class KeyVersion:
     status: VersionStatus
     created_at: int
     wrapped: bytes | None
-    key: EnvelopeKey | None = field(compare=False)
-    ciphertext_header: bytes = field(compare=False, repr=False)
+    key: Kek | None = field(compare=False)
+    kek_id: bytes = field(compare=False, repr=False)
+    """What its ciphertexts have in front."""
 
     @classmethod
     def build(
@@ -68,9 +69,9 @@ class KeyVersion:
         status: VersionStatus,
         created_at: int,
         wrapped: bytes | None,
-        key: EnvelopeKey | None,
+        key: Kek | None,
     ) -> KeyVersion:
-        return cls(version, status, created_at, wrapped, key, ciphertext.header(group, version))
+        return cls(version, status, created_at, wrapped, key, ciphertext.kek_id(group, version))
 
     @property
     def decrypts(self) -> bool:
@@ -98,7 +99,7 @@ class Keyring:
         """The same keyring, as the next save writes it."""
         return replace(self, generation=self.generation + 1)
 
-    def live_keys(self) -> Iterator[EnvelopeKey]:
+    def live_keys(self) -> Iterator[Kek]:
         """Every live KEK, to be wiped at the end."""
         for group in self.groups.values():
             for version in group.versions.values():

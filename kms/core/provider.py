@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kms.core.ciphertext import Ciphertext
+from kms.core.ciphertext import Ciphertext, Purpose
 from kms.core.keyring import KeyGroup, Keyring, KeyVersion
 from kms.core.usage import VersionUsage
 
@@ -17,11 +17,11 @@ from kms.core.usage import VersionUsage
 class MasterKeyProvider(Protocol):
     """Uses keys, for the data plane. Answers at once: it neither waits nor blocks."""
 
-    def seal(self, group: str, plaintext: bytes, aad: bytes) -> bytes:
-        """A client ciphertext under the group's ACTIVE version; raises `InvalidRequestError` for an unknown group."""
+    def seal(self, group: str, plaintext: bytes, aad: bytes, purpose: Purpose) -> bytes:
+        """A ciphertext 03 under the group's ACTIVE version; raises `InvalidRequestError` for an unknown group."""
         ...
 
-    def open(self, ciphertext: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
+    def open(self, sealed: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
         """The plaintext; raises `DecryptionFailedError` whatever is wrong, also when its group is not `only_of`.
 
         To refuse takes as long, whatever the reason.

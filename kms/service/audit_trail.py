@@ -237,7 +237,7 @@ def _key_of_re_encrypt(request: ReEncrypt, reply: CiphertextReply | None) -> _Ke
 
 def _claimed(blob: bytes) -> tuple[str | None, int | None]:
     try:
-        group, version = ciphertext.kek_id(blob)
+        group, version = ciphertext.named(blob)
     except DecryptionFailedError:
         return None, None
     return shown(group), version

@@ -11,6 +11,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any, Protocol
 
 from kms.core import ciphertext
+from kms.core.ciphertext import Ciphertext, Purpose
 from kms.core.keyring import KeyGroup, VersionStatus
 from kms.core.names import NO_SUCH_GROUP, is_blank
 from kms.core.policy import Operation, Rule, Rules
@@ -112,32 +113,36 @@ class Handlers:
 
     def generate_data_key(self, request: messages.GenerateDataKey) -> Reply:
         plaintext = self._new_data_key()
-        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"")
+        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"", Purpose.DATA_KEY)
         return messages.DataKeyReply(plaintext, wrapped)
 
     def encrypt(self, request: messages.Encrypt) -> Reply:
         aad = request.aad or b""
-        sealed = self._master_keys.seal(group_of(request.key_id), request.plaintext, aad)
-        return self._returnable(sealed, aad, request)
+        sealed = self._master_keys.seal(group_of(request.key_id), request.plaintext, aad, Purpose.ENCRYPT)
+        if not self._is_returnable(sealed, aad, request):
+            raise InvalidRequestError("plaintext: its ciphertext would be too large for a request; use a data key")
+        return messages.CiphertextReply(sealed)
 
     def decrypt(self, request: messages.Decrypt) -> Reply:
-        return messages.PlaintextReply(self._opened(request))
+        source = ciphertext.parse(request.ciphertext)
+        return messages.PlaintextReply(self._opened(source, request))
 
     def re_encrypt(self, request: messages.ReEncrypt) -> Reply:
         aad = request.aad or b""
-        sealed = self._master_keys.seal(group_of(request.key_id), self._opened(request), aad)
-        return self._returnable(sealed, aad, request)
-
-    def _opened(self, request: messages.Decrypt | messages.ReEncrypt) -> bytes:
-        source = request.source_key_id
-        group = None if source is None else group_of(source)
-        return self._master_keys.open(ciphertext.parse(request.ciphertext), request.aad or b"", group)
-
-    def _returnable(self, sealed: bytes, aad: bytes, request: Request) -> Reply:
-        # A ciphertext is longer than its plaintext: one handed out must still fit into the request that opens it.
-        if (len(sealed) + len(aad)) * 4 // 3 + len(request.token) + _DECRYPT_OVERHEAD_BYTES > self._max_frame_bytes:
-            raise InvalidRequestError("plaintext: its ciphertext would be too large for a request; use a data key")
+        source = ciphertext.parse(request.ciphertext)
+        # What it was made for stays with it, wherever it is moved.
+        sealed = self._master_keys.seal(group_of(request.key_id), self._opened(source, request), aad, source.purpose)
+        if not self._is_returnable(sealed, aad, request):
+            raise InvalidRequestError("ciphertext: re-encrypted it would be too large for a request; decrypt it instead")
         return messages.CiphertextReply(sealed)
+
+    def _opened(self, source: Ciphertext, request: messages.Decrypt | messages.ReEncrypt) -> bytes:
+        only_of = None if request.source_key_id is None else group_of(request.source_key_id)
+        return self._master_keys.open(source, request.aad or b"", only_of)
+
+    def _is_returnable(self, sealed: bytes, aad: bytes, request: Request) -> bool:
+        """Whether it fits into the request that opens it, which is longer than the one that made it."""
+        return (len(sealed) + len(aad)) * 4 // 3 + len(request.token) + _DECRYPT_OVERHEAD_BYTES <= self._max_frame_bytes
 
     async def create_key_group(self, request: messages.CreateKeyGroup, caller: Caller) -> Description:
         return Description(await self._keyring.create_group(_named(request.key_id), caller.permit), request.request_id)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from kms.core.ciphertext import Ciphertext
-from kms.core.envelope import EnvelopeKey
+from kms.core import ciphertext
+from kms.core.ciphertext import Ciphertext, Purpose
+from kms.core.kek import Kek
 from kms.core.names import NO_SUCH_GROUP
 from kms.core.provider import KeyringHolder
 from kms.errors import DecryptionFailedError, InvalidRequestError
@@ -16,24 +17,24 @@ class LocalMasterKeyProvider:
     def __init__(self, holder: KeyringHolder) -> None:
         self._holder = holder
         with random_key() as key:
-            self._nobodys = EnvelopeKey(key)
+            self._nobodys = Kek(key)
 
-    def seal(self, group: str, plaintext: bytes, aad: bytes) -> bytes:
-        """A client ciphertext under the group's ACTIVE version; raises `InvalidRequestError` for an unknown group."""
+    def seal(self, group: str, plaintext: bytes, aad: bytes, purpose: Purpose) -> bytes:
+        """A ciphertext 03 under the group's ACTIVE version; raises `InvalidRequestError` for an unknown group."""
         found = self._holder.current.groups.get(group)
         if found is None or found.active.key is None:
             raise InvalidRequestError(NO_SUCH_GROUP)
-        if not found.active.ciphertext_header[1]:
+        if not found.active.kek_id[0]:
             raise InvalidRequestError("keyId: no ciphertext can hold a name of more than 255 bytes; use another key group")
-        return found.active.key.seal(plaintext, aad, found.active.ciphertext_header)
+        return found.active.key.seal(plaintext, aad, ciphertext.header(purpose, found.active.kek_id))
 
-    def open(self, ciphertext: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
+    def open(self, sealed: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
         """The plaintext; raises `DecryptionFailedError` whatever is wrong, also when its group is not `only_of`."""
-        found = self._holder.current.groups.get(ciphertext.group)
-        version = None if found is None else found.versions.get(ciphertext.version)
-        if version is not None and version.key is not None and version.decrypts and only_of in (None, ciphertext.group):
-            return version.key.open(ciphertext.envelope, aad)
+        found = self._holder.current.groups.get(sealed.group)
+        version = None if found is None else found.versions.get(sealed.version)
+        if version is not None and version.key is not None and version.decrypts and only_of in (None, sealed.group):
+            return version.key.open(sealed, aad)
         # Opened under a key that nobody has: how long a refusal takes does not tell an unknown, disabled or destroyed
         # version from a wrong tag.
-        self._nobodys.open(ciphertext.envelope, aad)
+        self._nobodys.open(sealed, aad)
         raise DecryptionFailedError

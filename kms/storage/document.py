@@ -24,6 +24,7 @@ from kms.core import derive
 from kms.core.audit import AuditKeys
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
 from kms.core.names import is_possible_name
 from kms.core.secret import Secret
@@ -343,7 +344,7 @@ def _build_version(group: str, stored: StoredVersion, unwrap: Unwrap, rewrap: Wr
         if len(kek) != KEY_BYTES:
             raise KeystoreError(ALTERED)
         wrapped = stored.wrapped if rewrap is None else rewrap(group, stored.version, kek)
-        return KeyVersion.build(group, stored.version, status, stored.created_at, wrapped, EnvelopeKey(kek))
+        return KeyVersion.build(group, stored.version, status, stored.created_at, wrapped, Kek(kek))
 
 
 def to_text(data: bytes) -> str:

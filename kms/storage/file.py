@@ -14,7 +14,7 @@ from typing import Final, NamedTuple, Self
 
 from kms.core.audit import AuditKeys
 from kms.core.derive import KdfParameters
-from kms.core.envelope import EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.keyring import EMPTY, CreateGroup, Keyring, NewKek, apply
 from kms.core.secret import Secret
 from kms.errors import (
@@ -192,7 +192,7 @@ class Keystore:
     def mint(self, group: str, version: int) -> NewKek:
         """A fresh KEK, wrapped for its slot."""
         with self._new_key() as kek:
-            return NewKek(EnvelopeKey(kek), self._keys.wrap_kek(group, version, kek))
+            return NewKek(Kek(kek), self._keys.wrap_kek(group, version, kek))
 
     def save(self, keyring: Keyring) -> None:
         """Put `keyring` on disk; when this returns it is durable.

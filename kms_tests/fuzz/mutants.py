@@ -7,9 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
+from cryptography.exceptions import InvalidTag
+
 from kms.core import ciphertext
-from kms.core.envelope import HEADER_BYTES, EnvelopeKey, StreamOpener
+from kms.core.envelope import HEADER_BYTES, CommittingKey, EnvelopeKey, StreamOpener
+from kms.core.kek import Kek
 from kms.core.keyring import KeyVersion, VersionStatus
+from kms.errors import DecryptionFailedError
 from kms.server import config
 from kms.storage import document, legacy
 from kms.wire import messages
@@ -50,6 +54,30 @@ def _open_without_tag(self: EnvelopeKey, envelope: bytes, aad: bytes) -> bytes:
     return bytes(envelope[HEADER_BYTES:-16])
 
 
+def _open_without_looking(self: CommittingKey, envelope: bytes, aad: bytes) -> bytes:
+    return bytes(envelope[26:-48])
+
+
+def _open_without_commitment(self: CommittingKey, envelope: bytes, aad: bytes) -> bytes:
+    key = self._derived(envelope[2:14])
+    try:
+        return key.gcm.decrypt(envelope[14:26], envelope[26:-32], aad)
+    except InvalidTag:
+        raise DecryptionFailedError from None
+
+
+def _open_without_header(self: Kek, sealed: ciphertext.Ciphertext, aad: bytes) -> bytes:
+    return self._committing.open(sealed.envelope, aad) if sealed.is_bound else self._earlier.open(sealed.envelope, aad)
+
+
+def _seal_without_header(self: Kek, plaintext: bytes, aad: bytes, header: bytes) -> bytes:
+    return self._committing.seal(plaintext, aad, header)
+
+
+def _put_in_both() -> None:
+    Kek.open, Kek.seal = _open_without_header, _seal_without_header  # type: ignore[method-assign]  # a mutant
+
+
 def _build_any_version(group: str, stored: Any, unwrap: Any, rewrap: Any) -> Any:
     status = VersionStatus.__members__.get(stored.status, VersionStatus.ENABLED)
     return KeyVersion.build(group, max(1, stored.version) & 0xFFFF or 1, status, 0, stored.wrapped, None)
@@ -65,9 +93,16 @@ MUTANTS: Final = {
     "a ciphertext taken apart without looking at its length": Mutant(
         "ciphertext", "IllegalError", _replacing(ciphertext, "group", _group_without_looking)
     ),
-    "an envelope whose tag is not verified": Mutant(
+    "an earlier ciphertext whose tag is not verified": Mutant(
         "ciphertext", "ForgedError", _replacing(EnvelopeKey, "open", _open_without_tag)
     ),
+    "a ciphertext of which neither tag nor commitment is verified": Mutant(
+        "ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_looking)
+    ),
+    "a ciphertext whose commitment is not verified": Mutant(
+        "ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_commitment)
+    ),
+    "a ciphertext whose header is not authenticated": Mutant("ciphertext", "ForgedError", _put_in_both),
     "a stream whose tag is not verified": Mutant(
         "container", "ForgedError", _replacing(StreamOpener, "finish", lambda _self, _tag: None)
     ),

@@ -29,8 +29,10 @@ from kms.client import files
 from kms.client.protocol import DataKey
 from kms.core import audit, derive
 from kms.core import ciphertext as ciphertexts
+from kms.core.ciphertext import Purpose
 from kms.core.derive import KdfParameters
 from kms.core.envelope import EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.keyring import (
     EMPTY,
     Command,
@@ -128,8 +130,10 @@ def _made_world() -> World:
 
     def mint(group: str, version: int) -> NewKek:
         with Secret(bytearray(os.urandom(limits.KEY_BYTES))) as kek:
-            return NewKek(EnvelopeKey(kek), keys.wrap_kek(group, version, kek))
+            earlier[group, version] = EnvelopeKey(kek)
+            return NewKek(Kek(kek), keys.wrap_kek(group, version, kek))
 
+    earlier: dict[tuple[str, int], EnvelopeKey] = {}
     keyring = EMPTY
     commands: list[Command] = [CreateGroup("default"), CreateGroup("billing"), *[RotateGroup("billing")] * 3]
     for command in commands:
@@ -141,7 +145,10 @@ def _made_world() -> World:
         for version in group.versions.values():
             assert version.key is not None
             plaintext = f"plaintext of {group.key_id} v{version.version}".encode()
-            opens[version.key.seal(plaintext, AAD, version.ciphertext_header)] = plaintext
+            for purpose in Purpose:
+                opens[version.key.seal(plaintext, AAD, ciphertexts.header(purpose, version.kek_id))] = plaintext
+            old = earlier[group.key_id, version.version]
+            opens[old.seal(plaintext, AAD, ciphertexts.earlier_header(version.kek_id))] = plaintext
     shut = [blob for blob in opens if ciphertexts.parse(blob)[:2] in (("billing", 1), ("billing", 2))]
     for change in (DestroyVersion("billing", 1), DisableVersion("billing", 2)):
         holder.current = keyring = apply(keyring, change, now=1_700_000_001, mint=mint)
@@ -245,13 +252,14 @@ class _LocalClient:
 
     def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
         key = os.urandom(limits.KEY_BYTES)
-        return DataKey(key, world().provider.seal(key_id or "default", key, aad))
+        return DataKey(key, world().provider.seal(key_id or "default", key, aad, Purpose.DATA_KEY))
 
     def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         return world().provider.open(ciphertexts.parse(ciphertext), aad, source_key_id)
 
     def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
-        return world().provider.seal(key_id, self.decrypt(ciphertext, aad, source_key_id=source_key_id), aad)
+        plaintext = self.decrypt(ciphertext, aad, source_key_id=source_key_id)
+        return world().provider.seal(key_id, plaintext, aad, ciphertexts.parse(ciphertext).purpose)
 
 
 @cache

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from kms.core.ciphertext import Purpose
 from kms.core.keyring import Keyring
 from kms.errors import KeystoreError, WrongPassphraseError
 from kms_tests.fuzz.targets import AAD, DECRYPTION_FAILED, decrypt_line, encode2, encode3, open2, open3, world
@@ -72,6 +73,16 @@ def test_no_flipped_bit_of_a_ciphertext_is_encrypted_anew(server: Server) -> Non
         assert _reply(server, "ReEncrypt", blob).startswith(b'{"status":"ok"')
         for altered in flipped(blob):
             assert _reply(server, "ReEncrypt", altered) == DECRYPTION_FAILED
+
+
+def test_no_flipped_bit_of_a_ciphertext_of_an_earlier_release_or_of_another_purpose_opens() -> None:
+    session = world().pipeline.session(PEER)
+    seen = set()
+    for blob in world().ciphertexts:
+        seen.add(blob[:1] if blob[0] == 2 else blob[:2])
+        for altered in flipped(blob):
+            assert session.serve(decrypt_line(altered)) == DECRYPTION_FAILED
+    assert len(seen) == 1 + len(Purpose)
 
 
 def test_no_flipped_bit_of_the_aad_opens_a_ciphertext(server: Server) -> None:

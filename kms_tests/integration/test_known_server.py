@@ -73,9 +73,11 @@ class Imposter:
 def prepared(machine: Machine) -> Machine:
     if os.geteuid() != 0:
         pytest.skip("only root can run a process of another user")
-    from kms.core import ciphertext, container
+    from kms.core import container
+    from kms.core.ciphertext import Purpose
+    from kms_tests.keks import forged
 
-    blob = ciphertext.header("default", 1) + bytes(1 + 12 + 32 + 16)
+    blob = forged("default", 1, Purpose.DATA_KEY)
     machine.file("ciphertext", blob)
     machine.file("container", container.header(blob) + bytes(100))
     machine.file("plaintext", b"s3cret")

@@ -21,7 +21,8 @@ import pytest
 
 import kms
 from kms.core.derive import KdfParameters
-from kms.core.envelope import EnvelopeKey
+from kms.core.envelope import CommittingKey, EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.policy import AllowAll, Plane
 from kms.core.secret import Secret
 from kms.errors import AuthFailedError, WireError
@@ -384,6 +385,8 @@ def secret_objects(directory: Path) -> Iterator[tuple[str, object]]:
     word = PLAINTEXT.encode()
     yield "Secret", Secret(bytearray(word))
     yield "EnvelopeKey", EnvelopeKey(Secret(bytearray(KEY)))
+    yield "Kek", Kek(Secret(bytearray(KEY)))
+    yield "CommittingKey", CommittingKey(Secret(bytearray(KEY)))
     yield "DataKey", kms.DataKey(word, b"wrapped")
     yield "Encrypt", messages.Encrypt(plaintext=word, token=API_TOKEN, aad=word)
     yield "Decrypt", messages.Decrypt(ciphertext=word, token=API_TOKEN)

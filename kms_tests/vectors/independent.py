@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import struct
 from base64 import b64decode, b64encode
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +94,77 @@ def unseal(key: bytes, envelope: bytes, aad: bytes) -> bytes:
     gcm = AES.new(key, AES.MODE_GCM, nonce=envelope[2:14], mac_len=16)
     gcm.update(aad)
     return bytes(gcm.decrypt_and_verify(envelope[14:-16], envelope[-16:]))
+
+
+def committing_seal(key: bytes, nonce: bytes, plaintext: bytes, aad: bytes) -> bytes:
+    """A committing envelope: XAES-256-GCM with key commitment, from its formulas."""
+    block, k1, first, second = _xaes(key, nonce)
+    gcm = AES.new(block(k1, b"\0\1X\0" + first) + block(k1, b"\0\2X\0" + first), AES.MODE_GCM, nonce=second, mac_len=16)
+    gcm.update(aad)
+    body, tag = gcm.encrypt_and_digest(plaintext)
+    return b"\x01\x02" + nonce + body + tag + _commitment(key, nonce)
+
+
+def committing_unseal(key: bytes, envelope: bytes, aad: bytes) -> bytes:
+    """The plaintext of a committing envelope; raises `ValueError`."""
+    if len(envelope) < 74 or envelope[:2] != b"\x01\x02":
+        raise ValueError("not a committing envelope")
+    nonce = envelope[2:26]
+    if _commitment(key, nonce) != envelope[-32:]:
+        raise ValueError("another key")
+    block, k1, first, second = _xaes(key, nonce)
+    gcm = AES.new(block(k1, b"\0\1X\0" + first) + block(k1, b"\0\2X\0" + first), AES.MODE_GCM, nonce=second, mac_len=16)
+    gcm.update(aad)
+    return bytes(gcm.decrypt_and_verify(envelope[26:-48], envelope[-48:-32]))
+
+
+def _commitment(key: bytes, nonce: bytes) -> bytes:
+    block, k1, first, second = _xaes(key, nonce)
+    x1 = block(bytes(16), b"XCMT" + first)
+    both = bytes(a ^ b for a, b in zip(k1, x1, strict=True))
+    return block(both, second + b"\0\1\0\1") + block(both, second + b"\0\1\0\2")
+
+
+def _xaes(key: bytes, nonce: bytes) -> tuple[Callable[[bytes, bytes], bytes], bytes, bytes, bytes]:
+    """AES of the exclusive-or of two blocks, K1, and the halves of the nonce."""
+    ecb = AES.new(key, AES.MODE_ECB)
+
+    def block(one: bytes, other: bytes) -> bytes:
+        return bytes(ecb.encrypt(bytes(a ^ b for a, b in zip(one, other, strict=True))))
+
+    doubled = []
+    carry = 0
+    for octet in reversed(block(bytes(16), bytes(16))):
+        doubled.append((octet << 1 | carry) & 0xFF)
+        carry = octet >> 7
+    doubled[0] ^= 0x87 * carry
+    return block, bytes(reversed(doubled)), nonce[:12], nonce[12:]
+
+
+def bound_ciphertext(
+    purpose: int, group: str, version: int, kek: bytes, nonce: bytes, plaintext: bytes, aad: bytes
+) -> bytes:
+    """What a client holds today, made with the KEK."""
+    name = group.encode("utf-8")
+    header = struct.pack(">BBB", 3, purpose, len(name)) + name + struct.pack(">Q", version)
+    return header + committing_seal(_committing_key(kek), nonce, plaintext, _bound(header, aad))
+
+
+def open_bound_ciphertext(blob: bytes, kek: bytes, aad: bytes) -> tuple[int, str, int, bytes]:
+    """Purpose, group, version and plaintext; raises `ValueError`."""
+    if blob[0] != 3 or blob[1] > 3:
+        raise ValueError("not a ciphertext")
+    end = 3 + blob[2] + 8
+    plaintext = committing_unseal(_committing_key(kek), blob[end:], _bound(blob[:end], aad))
+    return blob[1], blob[3 : end - 8].decode("utf-8"), struct.unpack(">Q", blob[end - 8 : end])[0], plaintext
+
+
+def _bound(header: bytes, aad: bytes) -> bytes:
+    return struct.pack(">Q", len(header)) + header + struct.pack(">Q", len(aad)) + aad
+
+
+def _committing_key(kek: bytes) -> bytes:
+    return hkdf(kek, 32, b"", b"mini-kms/v3/kek/xaes-256-gcm-kc")
 
 
 def ciphertext(group: str, version: int, envelope: bytes) -> bytes:

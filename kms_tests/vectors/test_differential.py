@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 from kms.client import files
 from kms.client.protocol import DataKey
 from kms.core import ciphertext
+from kms.core.ciphertext import Purpose
 from kms.core.derive import KdfParameters
-from kms.core.envelope import EnvelopeKey
+from kms.core.envelope import CommittingKey, EnvelopeKey
+from kms.core.kek import Kek
 from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
 from kms.storage import document, legacy
 from kms.storage.document import KdfHeader, RootKeys
+from kms_tests import keks
 from kms_tests.strategies import aads, plaintexts, stored_names, versions
 from kms_tests.vectors import independent
 from kms_tests.vectors.independent import Group, Version
@@ -98,9 +101,47 @@ def test_both_make_the_same_ciphertext_and_take_each_others_apart(
     group: str, version: int, key: bytes, nonce: bytes, plaintext: bytes, aad: bytes
 ) -> None:
     theirs = independent.ciphertext(group, version, independent.seal(key, nonce, plaintext, aad))
-    ours = ciphertext.header(group, version) + _key(key).seal_with_nonce(nonce, plaintext, aad)
+    ours = ciphertext.earlier_header(ciphertext.kek_id(group, version)) + _key(key).seal_with_nonce(nonce, plaintext, aad)
     assert ours == theirs
-    assert ciphertext.parse(theirs) == independent.take_apart(ours)
+    assert ciphertext.parse(theirs)[:3] == independent.take_apart(ours)
+
+
+wide_nonces = st.binary(min_size=24, max_size=24)
+purposes = st.sampled_from(Purpose)
+
+
+@given(keys, wide_nonces, plaintexts, aads)
+def test_both_seal_the_same_committing_envelope_and_open_each_others(
+    key: bytes, nonce: bytes, plaintext: bytes, aad: bytes
+) -> None:
+    theirs = independent.committing_seal(key, nonce, plaintext, aad)
+    ours = CommittingKey(_secret(key))
+    assert ours.seal_with_nonce(nonce, plaintext, aad) == theirs
+    assert ours.open(theirs, aad) == plaintext
+    assert independent.committing_unseal(key, ours.seal(plaintext, aad), aad) == plaintext
+
+
+@given(keys, wide_nonces, plaintexts, aads, st.data())
+def test_both_refuse_the_same_altered_committing_envelopes(
+    key: bytes, nonce: bytes, plaintext: bytes, aad: bytes, data: st.DataObject
+) -> None:
+    altered = bytearray(independent.committing_seal(key, nonce, plaintext, aad))
+    altered[data.draw(st.integers(0, len(altered) - 1))] ^= data.draw(st.integers(1, 255))
+    with pytest.raises(ValueError):
+        independent.committing_unseal(key, bytes(altered), aad)
+    with pytest.raises(DecryptionFailedError):
+        CommittingKey(_secret(key)).open(bytes(altered), aad)
+
+
+@given(purposes, stored_names, versions, keys, wide_nonces, plaintexts, aads)
+def test_both_open_each_others_ciphertexts_of_today(
+    purpose: Purpose, group: str, version: int, kek: bytes, nonce: bytes, plaintext: bytes, aad: bytes
+) -> None:
+    theirs = independent.bound_ciphertext(purpose, group, version, kek, nonce, plaintext, aad)
+    assert ciphertext.parse(theirs)[:2] == (group, version)
+    assert keks.opened(Kek(_secret(kek)), theirs, aad) == plaintext
+    ours = keks.sealed(Kek(_secret(kek)), plaintext, aad, group=group, version=version, purpose=purpose)
+    assert independent.open_bound_ciphertext(ours, kek, aad) == (purpose, group, version, plaintext)
 
 
 class _Client:
@@ -156,7 +197,10 @@ def _matches(keyring: Keyring, expected: list[Group], *, created_at_is_stored: b
                 assert stored.key is None
             else:
                 assert stored.key is not None
-                assert stored.key.open(independent.seal(version.kek, bytes(12), b"x", b"aad"), b"aad") == b"x"
+                earlier = independent.ciphertext("g", 1, independent.seal(version.kek, bytes(12), b"x", b"aad"))
+                assert keks.opened(stored.key, earlier, b"aad") == b"x"
+                bound = independent.bound_ciphertext(1, "g", 1, version.kek, bytes(24), b"y", b"aad")
+                assert keks.opened(stored.key, bound, b"aad") == b"y"
 
 
 def _load3(raw: bytes) -> Keyring:
@@ -190,7 +234,7 @@ def _built(group: Group, root_keys: RootKeys) -> KeyGroup:
     built = {}
     for version in group.versions:
         wrapped = None if version.kek is None else root_keys.wrap_kek(group.name, version.number, _secret(version.kek))
-        key = None if version.kek is None else _key(version.kek)
+        key = None if version.kek is None else Kek(_secret(version.kek))
         status = VersionStatus[version.status]
         built[version.number] = KeyVersion.build(group.name, version.number, status, version.created_at, wrapped, key)
     return KeyGroup(group.name, group.created_at, built[group.active], built)

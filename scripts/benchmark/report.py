@@ -15,6 +15,7 @@ from scripts.benchmark.clients import Client
 from scripts.benchmark.control_plane import Interference, Mutations, Size
 from scripts.benchmark.data_plane import SHAPES
 from scripts.benchmark.files import ColdStart, FileRate
+from scripts.benchmark.session import SessionCost
 from scripts.benchmark.turns import Row
 
 R = TypeVar("R")
@@ -26,6 +27,7 @@ class Figures(msgspec.Struct, rename="camel"):
     data_plane: list[Row] = []
     team: list[Row] = []
     baseline: list[Row] = []
+    session: list[SessionCost] = []
     mutations: list[Mutations] = []
     interference: list[Interference] = []
     sizes: list[Size] = []
@@ -63,6 +65,8 @@ def targets(figures: Figures) -> Iterator[Target]:
         if row.target is not None:
             what = f"{row.operation} {row.connections}x{row.depth}"
             yield Target(f"{what}: {row.server} / {row.other}", row.ratio, row.target)
+    for cost in figures.session:
+        yield Target(f"{cost.operation} in Session.serve / the baseline's", cost.ratio, cost.bound, at_most=True)
     rates = {(row.what, row.groups, row.clients): row for row in figures.mutations}
     for (what, groups, clients), mutated in rates.items():
         if clients > 1:
@@ -110,6 +114,16 @@ def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
     )
     _print_servers(console, "Encrypt 32 B 32x1 as a team has it", figures.team, lambda row: row.server)
     _print_servers(console, "This checkout", figures.baseline, lambda row: f"{row.operation} {row.connections}x{row.depth}")
+    _print(
+        console,
+        "Session.serve without a socket, beside the baseline (in brackets): us",
+        figures.session,
+        {
+            "operation": lambda row: row.operation,
+            "cost": lambda row: f"{row.ours:.1f} ({row.theirs:.1f})",
+            "ratio": lambda row: f"{row.ratio:.2f} ({row.ratio_low:.2f}-{row.ratio_high:.2f})",
+        },
+    )
     _print(
         console,
         "Mutations, each durable before its answer: times in ms",

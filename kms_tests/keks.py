@@ -1,0 +1,39 @@
+"""Ciphertexts without a server: sealed under a KEK, or under none."""
+
+from __future__ import annotations
+
+from kms.core import ciphertext
+from kms.core.ciphertext import Purpose
+from kms.core.envelope import COMMITTING_PREFIX, EnvelopeKey
+from kms.core.kek import Kek
+
+
+def sealed(
+    kek: Kek,
+    plaintext: bytes = b"x",
+    aad: bytes = b"",
+    *,
+    group: str = "billing",
+    version: int = 1,
+    purpose: Purpose = Purpose.ENCRYPT,
+) -> bytes:
+    """A ciphertext 03."""
+    return kek.seal(plaintext, aad, ciphertext.header(purpose, ciphertext.kek_id(group, version)))
+
+
+def opened(kek: Kek, blob: bytes, aad: bytes = b"") -> bytes:
+    """The plaintext of a ciphertext 02 or 03."""
+    return kek.open(ciphertext.parse(blob), aad)
+
+
+def sealed_earlier(
+    key: EnvelopeKey, plaintext: bytes, aad: bytes = b"", *, group: str = "billing", version: int = 1
+) -> bytes:
+    """A ciphertext 02; `key` has the bytes of the KEK."""
+    return key.seal(plaintext, aad, ciphertext.earlier_header(ciphertext.kek_id(group, version)))
+
+
+def forged(group: str, version: int, purpose: Purpose = Purpose.ENCRYPT, *, size: int = 32) -> bytes:
+    """What has the form of a ciphertext 03 with a plaintext of `size` bytes, and opens under no key."""
+    header = ciphertext.header(purpose, ciphertext.kek_id(group, version))
+    return header + COMMITTING_PREFIX + bytes(24 + size + 16 + 32)
