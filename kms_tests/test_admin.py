@@ -214,7 +214,7 @@ def test_disable_version_for_a_time_waits_and_tells_who_was_refused(
 def test_disable_version_need_not_wait(fake: FakeAdmin, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["disable-version", "--key", "billing", "--version", "3", "--for", "2h", "--no-wait"]) == 0
     assert fake.asked == [("disable", "billing", 3, 7200)]
-    assert capsys.readouterr().out == "billing v3 disabled\n"
+    assert capsys.readouterr().out == "billing v3 disabled for 2 hours\n"
 
 
 def test_disable_version_with_no_wait_and_no_time_disables_nothing(
@@ -256,7 +256,7 @@ def test_who_may_not_see_who_is_refused_is_told_so_and_does_not_wait(
     monkeypatch.setattr(fake, "describe_key_group", refused)
     assert main(["disable-version", "--key", "billing", "--version", "3", "--for", "1m"]) == 0
     assert capsys.readouterr().out == (
-        "billing v3 disabled; you may not see who is refused meanwhile, the server's log will tell\n"
+        "billing v3 disabled for 1 minute; you may not see who is refused meanwhile, the server's log will tell\n"
     )
 
 

@@ -270,7 +270,7 @@ def test_it_starts_with_a_file_of_principals_and_says_so(server: Server) -> None
     answers: list[dict[str, Any]] = []
     server.run(lambda: answers.append(server.ask("Health", "")), principals=path)
     assert answers == [{"status": "ok", "detail": "ok"}]
-    assert f"1 principal from {path}" in server.said
+    assert f"principals from {path}: 1" in server.said
 
 
 @pytest.mark.parametrize(("content", "error"), [(None, InputMissingError), ("[principals.api]", ConfigError)])

@@ -143,6 +143,7 @@ def test_a_first_run_makes_the_tokens_that_nothing_gives_and_says_where(
     (data / "ks.json").unlink()
     for name in ("PASSPHRASE", "API_TOKEN", "ADMIN_TOKEN"):
         monkeypatch.delenv(f"MINIKMS_{name}")
+    monkeypatch.setattr(prompt, "_can_ask", lambda: True)
     monkeypatch.setattr(prompt, "_typed", lambda *_: (bytearray(b"correct horse battery\n"), 22))
     assert main(["--tcp-port", "0", "--keystore", str(data / "ks.json")]) == 7
     said = capfd.readouterr().err
@@ -157,6 +158,7 @@ def test_a_token_that_has_to_be_typed_is_explained_and_a_short_one_told(
     started: list[Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("MINIKMS_API_TOKEN")
+    monkeypatch.setattr(prompt, "_can_ask", lambda: True)
     monkeypatch.setattr(prompt, "_typed", lambda *_: (bytearray(b"short\n"), 6))
     assert main(["--tcp-port", "0"]) == 7
     assert started[2] == b"short"
@@ -174,6 +176,7 @@ def test_where_another_server_runs_nobody_is_asked_for_a_secret(
     def typed(*_: object) -> tuple[bytearray, int]:
         raise AssertionError("nobody is to be asked")
 
+    monkeypatch.setattr(prompt, "_can_ask", lambda: True)
     monkeypatch.setattr(prompt, "_typed", typed)
     with socket.socket() as other, contextlib.ExitStack() as held:
         other.bind(("127.0.0.1", 0))

@@ -27,6 +27,7 @@ from kms.cli.refused import naming
 from kms.cli.run import EXIT_INTERRUPTED, run
 from kms.cli.signals import stop_signals_raise
 from kms.client.environment import ADMIN
+from kms.core.spans import exact_length
 from kms.errors import EXIT_OK, UnauthorizedError
 from kms.host.hardening import forbid_dumps
 
@@ -123,6 +124,8 @@ def disable_version(settings: Settings, key: str, version: int, seconds: int | N
     with reachable(settings, ADMIN) as (connect, _), naming(key, connect, version):
         with connect() as client:
             detail = client.disable_version(key, version, for_seconds=seconds)
+        if seconds is not None:
+            detail = f"{key} v{version} disabled for {exact_length(seconds)}"
         if seconds is None or no_wait:
             render.detail(settings, detail)
             return EXIT_OK

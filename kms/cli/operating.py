@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from typing import TYPE_CHECKING, Final
 
 import rich_click as click
@@ -21,6 +22,8 @@ _EVERY_GROUP: Final = "every key group"
 _ALL: Final = {operation.value for operation in Operation} - {Operation.HEALTH.value}
 """What `*` is in a file of principals: Health needs no grant."""
 _NO_LOG: Final = "none: it is kept where there are principals, or where --audit-log is given"
+_FROM_FILE: Final = re.compile(r"principals from (.*): (\d+)")
+"""How the server says it, in its log, too."""
 _RECORDED: Final = {
     "all": "with all requests of the data plane",
     "refused": "with the refused requests of the data plane",
@@ -87,7 +90,7 @@ def _show_server(server: ServerView) -> None:
     _show("listens on", ", ".join(server.listening))
     groups = "1 key group" if server.key_groups == 1 else f"{server.key_groups} key groups"
     _show("keystore", f"{server.keystore}, {groups}, generation {server.generation}")
-    _show("principals", server.principals)
+    _show("principals", _FROM_FILE.sub(r"\2 in \1", server.principals))
     log = _NO_LOG if server.audit_log is None else f"{server.audit_log}, {_RECORDED.get(server.audit_data or '', '')}"
     _show("audit log", log)
     _show("memory", "locked: no key is written to swap" if server.memory_locked else "not locked")

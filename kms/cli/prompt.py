@@ -58,8 +58,8 @@ class Wanted:
 
     @property
     def is_asked_for(self) -> bool:
-        """Whether somebody has to type it; asked before it is obtained."""
-        return self.origin == _PROMPT
+        """Whether somebody is going to be asked for it; looked at before it is obtained."""
+        return self.origin == _PROMPT and _can_ask()
 
     @property
     def origin(self) -> str:
@@ -253,6 +253,14 @@ def _ask_twice(wanted: Wanted, check: Callable[[Passphrase], None]) -> Passphras
         first.wipe()
         raise
     return first
+
+
+def _can_ask() -> bool:
+    try:
+        with _terminal(""):
+            return True
+    except ConfigError:
+        return False
 
 
 @contextlib.contextmanager

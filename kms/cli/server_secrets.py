@@ -71,6 +71,9 @@ def obtain_secrets(
     )
     if hmac.compare_digest(_digest(api), _digest(admin)):
         raise ConfigError("the API token and the admin token are the same; give each plane its own")
+    for one, token in zip(tokens, (api, admin), strict=True):
+        if len(token) < _SHORT_TOKEN:
+            say(f"the {one.name} is short: who may connect could find it by trying; kms-admin new-token makes better ones")
     return api, admin, passphrase
 
 
@@ -81,10 +84,7 @@ def _token(wanted: Wanted, path: Path, say: Say, *, is_made: bool) -> Secret:
         return secret_input.read_token(path)
     if wanted.is_asked_for:
         say(f"there is no {wanted.name} in {path}: type the one that clients are to show. It is not kept")
-    token = obtain(wanted)
-    if len(token) < _SHORT_TOKEN:
-        say(f"the {wanted.name} is short: who may connect could find it by trying; kms-admin new-token makes better ones")
-    return token
+    return obtain(wanted)
 
 
 def _digest(token: Secret) -> bytes:

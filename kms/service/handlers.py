@@ -16,7 +16,6 @@ from kms.core.keyring import KeyGroup, VersionStatus
 from kms.core.names import NO_SUCH_GROUP, is_blank
 from kms.core.policy import Operation, Rule, Rules
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
-from kms.core.spans import exact_length
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
 from kms.service.listing import Description, Listing, LongReply, Reader
@@ -187,7 +186,7 @@ class Handlers:
         until = await self._usage.disable_version_for(
             group, version, seconds, caller.permit, by=caller.name, most=caller.most_timed_disables
         )
-        return messages.DetailReply(f"{group} v{version} disabled for {exact_length(seconds)}", until_epoch_sec=until)
+        return messages.DetailReply(f"{group} v{version} disabled for {seconds} s", until_epoch_sec=until)
 
     async def enable_version(self, request: messages.EnableVersion, caller: Caller) -> Reply:
         before = self._keyring.find_group(_named(request.key_id))

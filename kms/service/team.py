@@ -138,6 +138,5 @@ class AccessSource:
             trusted=(shared.api.principal.name, shared.admin.principal.name),
         )
         limits = {name: member.limits for name, member in principals.members.items()}
-        count = len(principals.members)
-        origin = f"{count} {'principal' if count == 1 else 'principals'} from {path}"
+        origin = f"principals from {path}: {len(principals.members)}"
         return Access(authenticator, policy, origin, is_from_file=True, sha256=principals.sha256, limits=limits)

@@ -113,7 +113,7 @@ def test_a_program_that_still_needs_a_version_is_found_by_disabling_it_for_a_tim
 def test_its_end_comes_even_if_the_server_was_killed_meanwhile(server: Server) -> None:
     retire_version_1(server)
     disabled = server.machine.admin("disable-version", "--key", "default", "--version", "1", "--for", "1s", "--no-wait")
-    assert (disabled.status, disabled.stdout.decode()) == (0, "default v1 disabled for 1 s\n")
+    assert (disabled.status, disabled.stdout.decode()) == (0, "default v1 disabled for 1 second\n")
     server.kill()
     again = server.machine.start()
     eventually("it is enabled again", lambda: described(again)[0]["status"] == "ENABLED")
