@@ -85,6 +85,17 @@ class AlteredFileError(DecryptionFailedError):
     """
 
 
+class CutOffError(AlteredFileError):
+    """The same, of a file that was being decrypted into a stream, which has an authentic beginning of it."""
+
+    exit_code = EXIT_BAD_INPUT
+
+    def __init__(self, released: int) -> None:
+        WireError.__init__(
+            self, f"decryption failed after {released} bytes, which are authentic; the rest is damaged or cut off"
+        )
+
+
 class FrameTooLargeError(WireError):
     """One line is longer than the frame limit. The server closes the connection after saying so."""
 

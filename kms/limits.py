@@ -188,6 +188,10 @@ MAX_SUBKEYS_KEPT: Final = 4096
 """Of all keys together."""
 MAX_WRAPPED_KEY_BYTES: Final = 1024
 """A wrapped data key in a container header: at most 1 + 1 + 255 + 8 + 62 bytes, with room."""
+MAX_RECIPIENTS: Final = 16
+STREAM_CHUNK_BYTES: Final = 1 << 16
+MAX_CHUNKS: Final = 1 << 36
+"""Of a file in the container MKE2: 4 PiB."""
 FILE_CHUNK_BYTES: Final = 1 << 20
 
 # Clients.

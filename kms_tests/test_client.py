@@ -418,6 +418,7 @@ def test_file_commands_hand_paths_and_streams_on(
         "aad": b"ctx",
         "progress": None,
         **{keys[option]: name for option, name in zip(more[::2], more[1::2], strict=True)},
+        **({"file_format": "mke2"} if command == "encrypt-file" else {}),
     }
     assert main([command, "--in", "-", "--out", "-", "--aad", "ctx", *more]) == 0
     assert calls.pop() == (None, None, named)

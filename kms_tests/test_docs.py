@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import re
 from pathlib import Path
@@ -12,10 +13,10 @@ import rich_click as click
 from kms import errors, limits
 from kms.cli import admin, client, server
 from kms.client.environment import ALLOW_GROUP
-from kms.core import ciphertext
+from kms.core import ciphertext, mke2
 from kms.core.ciphertext import Purpose
 from kms.core.derive import sub_key
-from kms.core.envelope import CommittingKey, EnvelopeKey
+from kms.core.envelope import ChunkOpener, CommittingKey, EnvelopeKey
 from kms.core.kek import Kek
 from kms.core.secret import Secret
 from kms.errors import WireError
@@ -134,6 +135,22 @@ def test_the_worked_example_of_an_earlier_ciphertext_comes_out_as_it_is_shown() 
     with Secret(bytearray(fields["kek"])) as secret:
         envelope = EnvelopeKey(secret).seal_with_nonce(fields["nonce"], fields["plaintext"], fields["aad"])
     assert fields["ciphertext"] == ciphertext.earlier_header(ciphertext.kek_id("billing", 1)) + envelope
+
+
+def test_the_worked_example_of_a_file_comes_out_as_it_is_shown() -> None:
+    fields = example("MKE2")
+    header = mke2.read_header(io.BytesIO(fields["file"][4:]).read)
+    with Secret(bytearray(fields["kek"])) as kek, Secret(bytearray(fields["data-key"])) as data_key:
+        opened = Kek(kek).open(ciphertext.parse(header.recipients[0].wrapped), fields["aad"])
+        with data_key.view() as view, mke2.opened(header, data_key, fields["aad"]) as chunk_key:
+            assert opened == view
+            with chunk_key.view() as shown:
+                assert fields["chunk-key"] == shown
+            plaintext = bytearray(len(fields["plaintext"]))
+            chunk = memoryview(fields["file"])[len(header.encode()) :]
+            ChunkOpener(chunk_key).open_into(chunk, memoryview(plaintext), is_last=True)
+    assert header.salt == fields["salt"]
+    assert plaintext == fields["plaintext"]
 
 
 def example(title: str) -> dict[str, bytes]:

@@ -13,7 +13,7 @@ EXITS = [
     (1, ["InvalidRequestError", "LimitExceededError", "DecryptionFailedError", "AlteredFileError", "FrameTooLargeError"]),
     (2, ["WrongPassphraseError"]),
     (64, ["ConfigError"]),
-    (65, ["InputError", "KeystoreError", "AuditLogError"]),
+    (65, ["CutOffError", "InputError", "KeystoreError", "AuditLogError"]),
     (66, ["InputMissingError"]),
     (69, ["ServerUnreachableError", "UnavailableError"]),
     (70, ["InternalError", "OutcomeUnknownError", "SaveOutcomeUnknownError", "ProtocolError", "KmsError"]),
@@ -62,6 +62,7 @@ def test_each_code_on_the_wire_is_one_error(code: str) -> None:
 def test_no_error_of_the_wire_is_missing_from_the_table_of_codes() -> None:
     assert {kind for kind in ALL if issubclass(kind, WireError)} == {
         *(*CODES.values(), WireError),
+        errors.CutOffError,
         errors.AlteredFileError,  # never on the wire: only who decrypts a file can tell
     }
 

@@ -6,7 +6,7 @@
 #
 # Prints:
 #
-#     the backup begins with MKE1
+#     the backup begins with MKE2
 #     restored: they are the same
 set -euo pipefail  # a tar that fails must not look like a backup
 

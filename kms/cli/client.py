@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
 import functools
-from collections.abc import Iterator, Sequence
-from pathlib import Path
-from typing import Any, Final, cast
+from collections.abc import Sequence
+from typing import Any, Final
 
 import rich_click as click
 
 from kms.cli import render, screen
+from kms.cli.data_options import (
+    aad_options,
+    force_option,
+    from_key_option,
+    group_option,
+    opening,
+    optional_target_option,
+    origin,
+    say_written,
+    source_option,
+    target_option,
+)
 from kms.cli.options import (
     HELP,
     PATH,
-    F,
+    OneOf,
     Program,
     Settings,
     connected,
     epilog,
     examples,
-    key_option,
-    one_reader_of_standard_input,
     program_options,
     read_bounded,
     stream_or_path,
@@ -31,44 +39,15 @@ from kms.cli.options import (
     write_whole,
 )
 from kms.cli.refused import naming
+from kms.cli.rewrapping import reencrypt
 from kms.cli.run import run
 from kms.cli.signals import stop_signals_raise
 from kms.client.environment import API
-from kms.errors import ConfigError, DecryptionFailedError, InputError, KmsError
+from kms.errors import ConfigError, InputError
 from kms.host.hardening import forbid_dumps
 from kms.limits import MAX_FRAME_BYTES
 
 PROGRAM: Final = "kms-client"
-
-_in = click.option("--in", "source", type=PATH, metavar="PATH", required=True, help="Input file; - is standard input.")
-_out = click.option(
-    "--out",
-    "target",
-    type=PATH,
-    metavar="PATH",
-    required=True,
-    help="Output file, replaced if it is there; - is standard output.",
-)
-_optional_out = click.option(
-    "--out", "target", type=PATH, metavar="PATH", default="-", help="Output file instead of standard output."
-)
-_key = key_option("Key group. [default: default]")
-_from_key = key_option("The only key group that the input may be under; of any other it does not open.", "--from-key")
-_force = click.option("--force", is_flag=True, help="Write to a terminal what is not printable text, too.")
-
-
-def _aad(command: F) -> F:
-    """`--aad` and `--aad-file`, which become `aad`."""
-
-    @click.option(
-        "--aad", "aad_text", metavar="TEXT", help="Encryption context: authenticated, not stored; needed again to decrypt."
-    )
-    @click.option("--aad-file", type=PATH, metavar="PATH", help="Encryption context that is not text: all of this file.")
-    @functools.wraps(command)
-    def with_aad(*arguments: Any, aad_text: str | None, aad_file: str | None, **others: Any) -> Any:
-        return command(*arguments, aad=_context(aad_text, aad_file, others.get("source")), **others)
-
-    return cast("F", with_aad)
 
 
 @click.group(
@@ -105,8 +84,8 @@ def health(settings: Settings) -> None:
 
 
 @command.command("generate-data-key", epilog=examples("kms-client --json generate-data-key --key billing"))
-@_key
-@_aad
+@group_option
+@aad_options
 @click.pass_obj
 def generate_data_key(settings: Settings, key: str | None, aad: bytes) -> None:
     """Make a data key: once in the clear, to encrypt with and forget, and once wrapped, to keep beside the data."""
@@ -127,10 +106,10 @@ def generate_data_key(settings: Settings, key: str | None, aad: bytes) -> None:
 )
 @click.option("--in", "source", type=PATH, metavar="PATH", help="Input file; - is standard input.")
 @click.option("--text", metavar="STR", help="The plaintext itself. Other users can see it in the list of processes.")
-@_optional_out
-@_key
-@_aad
-@_force
+@optional_target_option
+@group_option
+@aad_options
+@force_option
 @click.pass_obj
 def encrypt(
     settings: Settings, source: str | None, text: str | None, target: str, key: str | None, aad: bytes, *, force: bool
@@ -158,15 +137,15 @@ def encrypt(
 @command.command(
     epilog=examples("kms-client decrypt --in password.enc", "kms-client decrypt --in - --aad row-17 < value.b64")
 )
-@_in
-@_optional_out
-@_from_key
-@_aad
-@_force
+@source_option
+@optional_target_option
+@from_key_option
+@aad_options
+@force_option
 @click.pass_obj
 def decrypt(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes, *, force: bool) -> None:
     """Decrypt what encrypt made, raw or as base64 text; writes the plaintext as it was, byte for byte."""
-    with connected(settings, API, source) as (client, _), _opening(from_key):
+    with connected(settings, API, source) as (client, _), opening(from_key):
         content = read_bounded(stream_or_path(source), MAX_FRAME_BYTES, "use decrypt-file for a file of encrypt-file")
         plaintext = client.decrypt(_ciphertext(content), aad, source_key_id=from_key)
     if settings.json and target == "-":
@@ -176,123 +155,65 @@ def decrypt(settings: Settings, source: str, target: str, from_key: str | None, 
 
 
 @command.command("encrypt-file", epilog=examples("tar c docs | kms-client encrypt-file --in - --out docs.tar.mke"))
-@_in
-@_out
-@_key
-@_aad
-@_force
+@source_option
+@target_option
+@group_option
+@click.option(
+    "--format",
+    "file_format",
+    type=OneOf(["mke2", "mke1"]),
+    metavar="FORMAT",
+    default="mke2",
+    help="mke2, or mke1 for programs that read nothing else (up to 64 GiB). [default: mke2]",
+)
+@aad_options
+@force_option
 @click.pass_obj
-def encrypt_file(settings: Settings, source: str, target: str, key: str | None, aad: bytes, *, force: bool) -> None:
+def encrypt_file(
+    settings: Settings, source: str, target: str, key: str | None, file_format: str, aad: bytes, *, force: bool
+) -> None:
     """Encrypt a file of any size under a data key of its own, in constant memory."""
-    origin = _origin(settings, source, target)
+    begin = origin(settings, source, target)
     with (
         connected(settings, API, source) as (client, _),
         naming(key),
         screen.target(target, force=force) as destination,
-        render.progress(origin, screen.path_of(destination)) as progress,
+        render.progress(begin, screen.path_of(destination)) as progress,
     ):
         from kms.client import files
 
-        files.encrypt_file(client, origin, destination, key_id=key, aad=aad, progress=progress)
-    _say_written(settings, target)
+        files.encrypt_file(
+            client, begin, destination, key_id=key, aad=aad, progress=progress, file_format=files.format_named(file_format)
+        )
+    say_written(settings, target)
 
 
 @command.command("decrypt-file", epilog=examples("kms-client decrypt-file --in docs.tar.mke --out - | tar x"))
-@_in
-@_out
-@_from_key
-@_aad
-@_force
+@source_option
+@target_option
+@from_key_option
+@aad_options
+@force_option
 @click.pass_obj
 def decrypt_file(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes, *, force: bool) -> None:
     """Decrypt a file of encrypt-file; the output appears only when all of it has proved authentic."""
-    origin = _origin(settings, source, target)
+    begin = origin(settings, source, target)
     with (
         connected(settings, API, source) as (client, _),
-        _opening(from_key),
+        opening(from_key),
         screen.target(target, force=force) as destination,
-        render.progress(origin, screen.path_of(destination)) as progress,
+        render.progress(begin, screen.path_of(destination)) as progress,
     ):
         from kms.client import files
 
-        files.decrypt_file(client, origin, destination, source_key_id=from_key, aad=aad, progress=progress)
-    _say_written(settings, target)
-
-
-@command.command(epilog=examples("kms-client reencrypt --in docs.tar.mke --out docs.tar.mke --key billing"))
-@_in
-@_out
-@key_option("Key group to move to, under its active version.", required=True)
-@_from_key
-@_aad
-@_force
-@click.pass_obj
-def reencrypt(
-    settings: Settings, source: str, target: str, key: str, from_key: str | None, aad: bytes, *, force: bool
-) -> None:
-    """Move a file or ciphertext to another key, or to a rotated one's new version, without seeing the plaintext.
-
-    The input says itself which key group it is under. Where others can write it, give --from-key.
-    """
-    origin = _origin(settings, source, target)
-    with (
-        connected(settings, API, source) as (client, _),
-        naming(key),
-        _opening(from_key),
-        screen.target(target, force=force) as destination,
-        render.progress(origin, screen.path_of(destination)) as progress,
-    ):
-        from kms.client import files
-
-        files.reencrypt_file(client, origin, destination, key_id=key, source_key_id=from_key, aad=aad, progress=progress)
-    _say_written(settings, target)
-
-
-class CannotOpenError(KmsError):
-    """`DecryptionFailedError`, which says nothing more on purpose, with what somebody can look at."""
-
-    exit_code = DecryptionFailedError.exit_code
-
-
-@contextlib.contextmanager
-def _opening(from_key: str | None) -> Iterator[None]:
-    """Say what to look at when what is opened inside does not: the server does not tell which of them it is."""
-    try:
-        yield
-    except DecryptionFailedError as error:
-        if type(error) is not DecryptionFailedError:
-            raise
-        source = "" if from_key is None else ", that it is under the key group of --from-key"
-        raise CannotOpenError(
-            f"{error}; check that --aad is what it was encrypted with{source}, that its key version is enabled and was not "
-            "destroyed, and that it is whole"
-        ) from None
-
-
-def _context(text: str | None, file: str | None, source: str | None) -> bytes:
-    if file is None:
-        return utf8("--aad", text or "")
-    if text is not None:
-        raise ConfigError("--aad and --aad-file exclude each other; give one")
-    one_reader_of_standard_input({"--aad-file": file, "--in": source})
-    return read_bounded(stream_or_path(file), MAX_FRAME_BYTES // 2, "an encryption context names what it belongs to")
-
-
-def _origin(settings: Settings, source: str, target: str) -> Path | None:
-    if settings.json and target == "-":
-        raise ConfigError("--json and --out - both want standard output; name a file with --out")
-    return stream_or_path(source)
+        files.decrypt_file(client, begin, destination, source_key_id=from_key, aad=aad, progress=progress)
+    say_written(settings, target)
 
 
 def _write(settings: Settings, target: str, data: bytes, *, force: bool) -> None:
     with screen.target(target, force=force) as destination:
         write_whole(destination, data)
-    _say_written(settings, target)
-
-
-def _say_written(settings: Settings, target: str) -> None:
-    if settings.json:
-        render.document(out=Path(target))
+    say_written(settings, target)
 
 
 def _plaintext_limit(key: str | None, aad: bytes, request_id: str | None, token_bytes: int) -> int:
@@ -304,12 +225,13 @@ def _plaintext_limit(key: str | None, aad: bytes, request_id: str | None, token_
 
 def _ciphertext(content: bytes) -> bytes:
     from kms.core.ciphertext import is_one
-    from kms.core.container import MAGIC
+    from kms.core.mke1 import MAGIC as MKE1
+    from kms.core.mke2 import MAGIC as MKE2
 
     if is_one(content):
         return content
-    if content.startswith(MAGIC):
-        raise InputError("the input is an MKE1 file; use decrypt-file")
+    if content.startswith((MKE1, MKE2)):
+        raise InputError("the input is a file of encrypt-file; use decrypt-file")
     try:
         raw = base64.b64decode(b"".join(content.split()), validate=True)
     except (binascii.Error, ValueError):
@@ -321,6 +243,9 @@ def _ciphertext(content: bytes) -> bytes:
 
 def _base64(data: bytes | bytearray | memoryview) -> str:
     return base64.b64encode(data).decode("ascii")
+
+
+command.add_command(reencrypt)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

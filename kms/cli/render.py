@@ -200,6 +200,30 @@ def progress(source: Path | None, target: Path | None) -> Iterator[Callable[[int
         yield lambda read: bar.advance(task, read)
 
 
+@contextlib.contextmanager
+def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
+    """A progress bar on standard error, as the function that is told of each one done; none where that is no terminal."""
+    if not is_terminal(sys.stderr):
+        yield lambda: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    bar = Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        redirect_stderr=False,
+    )
+    with bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
 def is_terminal(stream: Any) -> bool:
     """Whether `stream`, which may be None, is one that a person looks at."""
     return stream is not None and bool(stream.isatty())

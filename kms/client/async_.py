@@ -30,7 +30,8 @@ from kms.limits import (
 from kms.wire.messages import KeyGroupView, StatusView
 
 if TYPE_CHECKING:
-    from kms.client.files import PathOrStream, Progress
+    from kms.client.file_io import Progress
+    from kms.client.files import PathOrStream
 
 Connect = Callable[[Loop, float], Awaitable[socket.socket]]
 """Makes a connection within so many seconds, to a server that is known."""
@@ -190,15 +191,17 @@ class AsyncKmsClient:
         key_id: str | None = None,
         aad: BytesLike = b"",
         progress: Progress | None = None,
+        file_format: str = "mke2",
     ) -> None:
         """As `KmsClient.encrypt_file`, in a thread; `progress` is called there. It is not cancelled before its end."""
         # Here, since who has no files does not pay for the ciphers that they take.
-        from kms.client.files import Arguments, encrypt_file
+        from kms.client.files import Arguments, encrypt_file, format_named
 
         check_text("key_id", key_id, is_optional=True)
         given = Arguments.of(source, target, aad, progress)
         loop = current()
-        encrypt = partial(encrypt_file, key_id=key_id, aad=given.aad, progress=given.progress)
+        form = format_named(file_format)
+        encrypt = partial(encrypt_file, key_id=key_id, aad=given.aad, progress=given.progress, file_format=form)
         await loop.in_thread(partial(encrypt, _FromThread(self, loop), given.source, given.target))
 
     async def decrypt_file(

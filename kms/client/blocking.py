@@ -29,7 +29,8 @@ from kms.limits import (
 from kms.wire.messages import KeyGroupView, StatusView
 
 if TYPE_CHECKING:
-    from kms.client.files import PathOrStream, Progress
+    from kms.client.file_io import Progress
+    from kms.client.files import PathOrStream
 
 
 class KmsClient:
@@ -200,19 +201,29 @@ class KmsClient:
         key_id: str | None = None,
         aad: BytesLike = b"",
         progress: Progress | None = None,
+        file_format: str = "mke2",
     ) -> None:
-        """Encrypt a file of up to 64 GiB under a data key of its own, in constant memory; it never goes to the server.
+        """Encrypt a file of any size under a data key of its own, in constant memory; it never goes to the server.
 
         `source` and `target` are paths, open binary files (they stay open), or None for standard input and output. The
-        container is MKE1. `progress` is called with the number of bytes that were read since. Raises `InputError`,
-        `InputMissingError` and `FileAccessError` too; an existing target is as it was then.
+        container is MKE2, or with `file_format="mke1"` MKE1, of up to 64 GiB, for programs that read nothing else.
+        `progress` is called with the number of bytes that were read since. Raises `InputError`, `InputMissingError` and
+        `FileAccessError` too; an existing target is as it was then.
         """
         # Here, since who has no files does not pay for the ciphers that they take.
-        from kms.client.files import Arguments, encrypt_file
+        from kms.client.files import Arguments, encrypt_file, format_named
 
         check_text("key_id", key_id, is_optional=True)
         given = Arguments.of(source, target, aad, progress)
-        encrypt_file(self, given.source, given.target, key_id=key_id, aad=given.aad, progress=given.progress)
+        encrypt_file(
+            self,
+            given.source,
+            given.target,
+            key_id=key_id,
+            aad=given.aad,
+            progress=given.progress,
+            file_format=format_named(file_format),
+        )
 
     def decrypt_file(
         self,
@@ -225,7 +236,8 @@ class KmsClient:
     ) -> None:
         """Decrypt what `encrypt_file` made. `DecryptionFailedError` whatever was altered, and nothing is at `target` then.
 
-        With `source_key_id` only what is under that group.
+        But a stream has got an authentic beginning when it is `CutOffError`. With `source_key_id` only what is under that
+        group.
         """
         from kms.client.files import Arguments, decrypt_file
 

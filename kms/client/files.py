@@ -1,56 +1,55 @@
 """Files of any size, under a data key of their own, in constant memory.
 
-The server makes (or opens) the data key; the file itself never goes to it. A file in the container MKE1 is a header
-with the wrapped data key and one envelope under that key (`kms.core.container`).
+The server makes (or opens) the data key; the file itself never goes to it. What is written is the container MKE2
+(`kms.client.mke2`), or MKE1 (`kms.client.mke1`) for programs that read nothing else; both are read.
 
-An output file appears under its name whole and authentic, or not at all. Standard output cannot be taken back, so
-there nothing is released before the tag has been verified.
+An output file appears under its name whole and authentic, or not at all.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
-import contextlib
-import errno
 import io
 import os
-import stat
-import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from enum import StrEnum
 from pathlib import Path
-from typing import Any, BinaryIO, Final, NamedTuple, Protocol, Self
+from typing import Any, BinaryIO, Final, NamedTuple, Self
 
-from kms.client.protocol import BytesLike, DataKey, octets
-from kms.core import ciphertext, container
-from kms.core.envelope import HEADER_BYTES, StreamOpener, StreamSealer
-from kms.core.secret import Secret
-from kms.errors import (
-    AlteredFileError,
-    DecryptionFailedError,
-    FileAccessError,
-    InputError,
-    InputMissingError,
-    ProtocolError,
-    ReaderGoneError,
-)
-from kms.host import streams
-from kms.host.durable import RenameError
-from kms.host.output import OutputFile, open_stream
-from kms.limits import FILE_CHUNK_BYTES, GCM_TAG_BYTES, KEY_BYTES, MAX_FRAME_BYTES, MAX_GCM_PLAINTEXT_BYTES
+from kms.client import mke1, mke2
+from kms.client.file_io import Progress, Reader, Source, Target, opened_source, opened_target, resolved, source_size
+from kms.client.file_keys import FileClient
+from kms.client.protocol import BytesLike, check_text, octets
+from kms.core import ciphertext
+from kms.core import mke2 as mke2_format
+from kms.core.mke1 import MAGIC as MKE1
+from kms.core.mke2 import MAGIC as MKE2
+from kms.errors import DecryptionFailedError, InputError
+from kms.limits import MAX_FRAME_BYTES
 
-Source = Path | BinaryIO | None
-"""Where to read: a path, an open binary file (it stays open), or None for standard input."""
-Target = Path | BinaryIO | None
-"""Where to write: a path, an open binary file (it stays open), or None for standard output."""
 PathOrStream = str | os.PathLike[str] | BinaryIO | None
-"""How a caller of the library names either."""
-Progress = Callable[[int], None]
-"""Called after each chunk with the number of bytes that are done since the last call; in the end all of the source."""
+"""How a caller of the library names a source or target."""
 
+_MAGIC_BYTES: Final = len(MKE2)
 _MAX_CIPHERTEXT_BYTES: Final = MAX_FRAME_BYTES // 4 * 3
 """What still fits a request as base64."""
+
+
+class FileFormat(StrEnum):
+    """The containers that are written."""
+
+    MKE2 = "mke2"
+    MKE1 = "mke1"
+
+
+def format_named(name: str) -> FileFormat:
+    """The format of this name; raises `TypeError` or `InputError`."""
+    check_text("file_format", name)
+    try:
+        return FileFormat(name)
+    except ValueError:
+        raise InputError(f"file_format: give one of {', '.join(FileFormat)}") from None
 
 
 class Arguments(NamedTuple):
@@ -78,16 +77,6 @@ def _path_or_stream(name: str, value: Any) -> Path | BinaryIO | None:
     return stream
 
 
-class FileClient(Protocol):
-    """What is needed of a client; `KmsClient` has it."""
-
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey: ...
-
-    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes: ...
-
-    def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes: ...
-
-
 def encrypt_file(
     client: FileClient,
     source: Source,
@@ -96,30 +85,19 @@ def encrypt_file(
     key_id: str | None = None,
     aad: bytes = b"",
     progress: Progress | None = None,
+    file_format: FileFormat = FileFormat.MKE2,
 ) -> None:
-    """Encrypt `source` into an MKE1 container at `target`, under a fresh data key of the group `key_id`.
+    """Encrypt `source` into a container at `target`, under a fresh data key of the group `key_id`.
 
-    Raises `InputMissingError` or `InputError` for a source or target that cannot be used, or a source larger than
-    64 GiB - 32 bytes; `FileAccessError` when reading or writing fails; and what `KmsClient.generate_data_key` raises.
+    Raises `InputMissingError` or `InputError` for a source or target that cannot be used, or, for MKE1, a source larger
+    than 64 GiB - 32 bytes; `FileAccessError` when reading or writing fails; and what `KmsClient.generate_data_key` raises.
     On any of them an existing target is as it was.
     """
-    with _resolved(target) as target, _opened_source(source, progress) as reader:
-        size = source_size(source)
-        if size is not None and size > MAX_GCM_PLAINTEXT_BYTES:
-            raise InputError(f"{reader.name} is larger than 64 GiB - 32 bytes, the most one envelope holds; split it")
-        with _opened_target(target) as writer:
-            data_key = client.generate_data_key(key_id, aad)
-            if len(data_key.plaintext) != KEY_BYTES:
-                raise ProtocolError(f"the server's data key does not have {KEY_BYTES} bytes")
-            with Secret(bytearray(data_key.plaintext)) as key:
-                sealer = StreamSealer(key, aad)
-            writer.write(container.header(data_key.wrapped) + sealer.header)
-            chunk, output = memoryview(bytearray(FILE_CHUNK_BYTES)), bytearray(FILE_CHUNK_BYTES + GCM_TAG_BYTES)
-            while length := reader.fill(chunk):
-                written = sealer.update_into(chunk[:length], output)
-                writer.write(memoryview(output)[:written])
-            writer.write(sealer.finish())
-            writer.commit()
+    with resolved(target) as target, opened_source(source, progress) as reader:
+        if file_format is FileFormat.MKE1:
+            mke1.encrypt(client, reader, source, target, key_id, aad)
+        else:
+            mke2.encrypt(client, reader, target, key_id, aad)
 
 
 def decrypt_file(
@@ -131,29 +109,25 @@ def decrypt_file(
     aad: bytes = b"",
     progress: Progress | None = None,
 ) -> None:
-    """Decrypt the MKE1 container `source` into `target`; with `source_key_id`, only one under that group.
+    """Decrypt the container `source` into `target`; with `source_key_id`, only one under that group.
 
     Raises `InputError` when the source is no container or ends inside its header, `DecryptionFailedError` when
     anything was altered or cut off, or `aad` is another; else as `encrypt_file`. Not one byte of plaintext is at
-    `target` then.
+    `target` then; but a stream may have an authentic beginning of an MKE2 file, as `CutOffError` tells.
     """
-    with _resolved(target) as target, _opened_source(source, progress) as reader:
-        wrapped_key = _read_wrapped_key(reader)
-        with _opened_target(target) as writer, _data_key(client, wrapped_key, aad, source_key_id) as key:
-            decrypt = _decrypt_body if isinstance(target, Path) else _decrypt_body_verified_first
-            try:
-                decrypt(reader, key, aad, writer.write)
-            except DecryptionFailedError:
-                raise AlteredFileError from None
-            writer.commit()
+    with resolved(target) as target, opened_source(source, progress) as reader:
+        magic = reader.take(_MAGIC_BYTES)
+        if magic == MKE2:
+            mke2.decrypt(client, reader, target, source_key_id, aad)
+        elif magic == MKE1:
+            mke1.decrypt(client, reader, target, source_key_id, aad)
+        else:
+            raise InputError(_NO_CONTAINER)
 
 
-def _data_key(client: FileClient, wrapped_key: bytes, aad: bytes, source_key_id: str | None) -> Secret:
-    key = Secret(bytearray(client.decrypt(wrapped_key, aad, source_key_id=source_key_id)))
-    if len(key) != KEY_BYTES:
-        key.wipe()
-        raise ProtocolError(f"the server's data key does not have {KEY_BYTES} bytes")
-    return key
+_NO_CONTAINER: Final = (
+    "not an MKE2 or MKE1 file: it was not made by encrypt-file, or its beginning is lost; use decrypt for what encrypt made"
+)
 
 
 def reencrypt_file(
@@ -170,218 +144,87 @@ def reencrypt_file(
 
     Name it for files that others can write: the header of one says itself which group its key is under.
 
-    Of an MKE1 container only the data key in the header is wrapped anew; the body is copied unchanged and not
-    verified, as that takes the plaintext data key. Any other file is one ciphertext, raw or as base64 text, and is
-    written in the same form.
+    Of a container only the data key in the header is wrapped anew; the body is copied unchanged and not verified, as that
+    takes the plaintext data key. Of an MKE2 file under several groups those are moved that are under `key_id` already, to
+    its active version; to move another, name it. Any other file is one ciphertext, raw or as base64 text, and is written
+    in the same form.
 
     Raises `InputError` when the source is neither, or too large for one request; else as `decrypt_file`.
     """
-    with _resolved(target) as target, _opened_source(source, progress) as reader:
-        start = reader.take(container.FIXED_BYTES)
-        if start.startswith(container.MAGIC):
-            wrapped_key = _read_wrapped_key(reader, start)
-            with _opened_target(target) as writer:
-                writer.write(container.header(client.reencrypt(wrapped_key, key_id, aad, source_key_id=source_key_id)))
-                _copy(reader, writer.write)
-                writer.commit()
+    with resolved(target) as target, opened_source(source, progress) as reader:
+        magic = reader.take(_MAGIC_BYTES)
+        if magic == MKE2:
+            mke2.reencrypt(client, reader, target, key_id, source_key_id, aad)
+        elif magic == MKE1:
+            mke1.reencrypt(client, reader, target, key_id, source_key_id, aad)
         else:
-            blob, encode = _one_ciphertext(start + reader.take(2 * MAX_FRAME_BYTES), reader.name)
-            with _opened_target(target) as writer:
+            blob, encode = _one_ciphertext(magic + reader.take(2 * MAX_FRAME_BYTES), reader.name)
+            with opened_target(target) as writer:
                 writer.write(encode(client.reencrypt(blob, key_id, aad, source_key_id=source_key_id)))
                 writer.commit()
 
 
+def add_recipient(
+    client: FileClient,
+    source: Source,
+    target: Target,
+    *,
+    key_id: str,
+    source_key_id: str | None = None,
+    aad: bytes = b"",
+    progress: Progress | None = None,
+) -> None:
+    """Let the MKE2 file `source` be opened under the active version of the group `key_id`, too; its body stays as it is.
+
+    Raises `InputError` for another file, or one with 16 recipients; else as `reencrypt_file`.
+    """
+    with resolved(target) as target, opened_source(source, progress) as reader:
+        _require_mke2(reader)
+        mke2.add_recipient(client, reader, target, key_id, source_key_id, aad)
+
+
+def drop_recipient(source: Source, target: Target, *, key_id: str, progress: Progress | None = None) -> None:
+    """Let the MKE2 file `source` be opened under the group `key_id` no more; its body stays as it is. Needs no server.
+
+    Who has kept a copy of the file opens that as before. Raises `InputError` for another file, for one that is not under
+    that group, or under no other; `FileAccessError` when reading or writing fails.
+    """
+    with resolved(target) as target, opened_source(source, progress) as reader:
+        _require_mke2(reader)
+        mke2.drop_recipient(reader, target, key_id)
+
+
+def keks_of(source: Path) -> list[tuple[str, int]] | None:
+    """The groups and versions that a file claims to be under: a container, or one ciphertext. None for any other file.
+
+    Raises `InputError` for a container whose header is damaged, `InputMissingError` or `FileAccessError`.
+    """
+    with opened_source(source, None) as reader:
+        magic = reader.take(_MAGIC_BYTES)
+        if magic == MKE2:
+            return [(one.group, one.version) for one in mke2_format.read_header(reader.take).recipients]
+        if magic == MKE1:
+            return [ciphertext.named(mke1.read_wrapped_key(reader))]
+        size = source_size(source)
+        if size is None or size > 2 * MAX_FRAME_BYTES:
+            return None
+        try:
+            blob, _ = _one_ciphertext(magic + reader.take(size), reader.name)
+            return [ciphertext.parse(blob)[:2]]
+        except (InputError, DecryptionFailedError):
+            return None
+
+
+def _require_mke2(reader: Reader) -> None:
+    if reader.take(_MAGIC_BYTES) != MKE2:
+        raise InputError(f"{reader.name} is not an MKE2 file; only those can be under several key groups")
+
+
 def write_output(target: Target, data: bytes) -> None:
     """Put `data` at `target`, whole or not at all where that is a file; raises `FileAccessError` or `InputError`."""
-    with _resolved(target) as target, _opened_target(target) as writer:
+    with resolved(target) as target, opened_target(target) as writer:
         writer.write(data)
         writer.commit()
-
-
-def source_size(source: Source) -> int | None:
-    """The size of `source` in bytes, for a progress bar; None when it is not a regular file or does not exist."""
-    if not isinstance(source, Path):
-        return None
-    try:
-        state = source.stat()
-    except OSError:
-        return None
-    return state.st_size if stat.S_ISREG(state.st_mode) else None
-
-
-class _Reader:
-    """Reads whole pieces from a source, short ones only at its end, and reports progress."""
-
-    def __init__(self, stream: BinaryIO, name: str, progress: Progress | None = None) -> None:
-        self._stream = stream
-        self.name = name
-        self.progress = progress
-
-    def fill(self, buffer: memoryview) -> int:
-        """Fill `buffer` from its start; returns how many bytes, fewer than its length only at the end."""
-        with _translated(f"cannot read {self.name}"):
-            length = streams.fill(self._stream, buffer)
-        if self.progress is not None and length:
-            self.progress(length)
-        return length
-
-    def take(self, most: int) -> bytes:
-        """The next `most` bytes, or fewer at the end."""
-        buffer = bytearray(most)
-        length = self.fill(memoryview(buffer))
-        return bytes(buffer[:length])
-
-
-class _Writer(Protocol):
-    def write(self, data: bytes | memoryview) -> None: ...
-
-    def commit(self) -> None: ...
-
-
-class _StreamWriter:
-    """Writes to an open file, such as standard output."""
-
-    def __init__(self, stream: BinaryIO, name: str) -> None:
-        self._stream = stream
-        self._name = name
-
-    def write(self, data: bytes | memoryview) -> None:
-        with _translated(f"cannot write {self._name}"):
-            streams.put(self._stream, data)
-
-    def commit(self) -> None:
-        with _translated(f"cannot write {self._name}"):
-            self._stream.flush()
-
-
-class _FileWriter:
-    """Writes a file that appears under its name at `commit`."""
-
-    def __init__(self, file: OutputFile, path: Path) -> None:
-        self._file = file
-        self._action = f"cannot write {path}"
-
-    def write(self, data: bytes | memoryview) -> None:
-        with _translated(self._action):
-            self._file.write(data)
-
-    def commit(self) -> None:
-        with _translated(self._action):
-            self._file.commit()
-
-
-@contextlib.contextmanager
-def _opened_source(source: Source, progress: Progress | None) -> Iterator[_Reader]:
-    if source is None:
-        yield _Reader(streams.standard_input(), "standard input", progress)
-    elif isinstance(source, Path):
-        try:
-            stream = source.open("rb", buffering=0)
-        except FileNotFoundError:
-            raise InputMissingError(f"there is no file {source}") from None
-        except IsADirectoryError:
-            raise InputError(f"{source} is a directory; name a file") from None
-        except OSError as error:
-            raise FileAccessError(_message(f"cannot read {source}", error)) from error
-        with stream:
-            yield _Reader(stream, str(source), progress)
-    else:
-        yield _Reader(source, "the input", progress)
-
-
-@contextlib.contextmanager
-def _resolved(target: Target) -> Iterator[Target]:
-    """`target`, or the stream that its path names."""
-    stream = None
-    if isinstance(target, Path):
-        with _translated(f"cannot write {target}"):
-            stream = open_stream(target)
-    if stream is None:
-        yield target
-    else:
-        with stream:
-            yield stream
-
-
-@contextlib.contextmanager
-def _opened_target(target: Target) -> Iterator[_Writer]:
-    if target is None:
-        yield _StreamWriter(sys.stdout.buffer, "standard output")
-    elif isinstance(target, Path):
-        with _translated(f"cannot write {target}"):
-            file = OutputFile(Path(os.path.realpath(target)))
-        with file:
-            yield _FileWriter(file, target)
-    else:
-        yield _StreamWriter(target, "the output")
-
-
-def _read_wrapped_key(reader: _Reader, start: bytes | None = None) -> bytes:
-    """The wrapped data key in the header, of which `start` (8 bytes) may have been read already."""
-    length = container.wrapped_key_length(reader.take(container.FIXED_BYTES) if start is None else start)
-    wrapped_key = reader.take(length)
-    if len(wrapped_key) < length:
-        raise InputError("not a whole MKE1 file: it ends inside its header")
-    if not container.is_wrapped_key(wrapped_key):
-        raise InputError("not an MKE1 file: its header holds something else than a data key")
-    return wrapped_key
-
-
-def _decrypt_body(reader: _Reader, key: Secret, aad: bytes, write: Callable[[memoryview], None]) -> None:
-    """Decrypt the envelope that `reader` holds; what was written is authentic only once this has returned."""
-    opener = StreamOpener(key, reader.take(HEADER_BYTES), aad)
-    # The last 16 bytes are the tag, and a pipe does not say when they are the last: so 16 are always kept back.
-    chunk = memoryview(bytearray(GCM_TAG_BYTES + FILE_CHUNK_BYTES))
-    output = bytearray(FILE_CHUNK_BYTES + GCM_TAG_BYTES)
-    if reader.fill(chunk[:GCM_TAG_BYTES]) < GCM_TAG_BYTES:
-        raise DecryptionFailedError
-    while length := reader.fill(chunk[GCM_TAG_BYTES:]):
-        written = opener.update_into(chunk[:length], output)
-        write(memoryview(output)[:written])
-        chunk[:GCM_TAG_BYTES] = bytes(chunk[length : length + GCM_TAG_BYTES])
-    opener.finish(bytes(chunk[:GCM_TAG_BYTES]))
-
-
-def _decrypt_body_verified_first(reader: _Reader, key: Secret, aad: bytes, write: Callable[[memoryview], None]) -> None:
-    """Decrypt twice: once to verify, once to write.
-
-    What goes to a pipe is acted on at once and cannot be taken back, so the tag must have been verified before the
-    first byte. The ciphertext is kept meanwhile, in a file without a name: it is no secret on the disk, unlike the
-    plaintext, and nobody can alter it between the two passes, unlike the source.
-    """
-    with _translated(f"cannot make a temporary file in {tempfile.gettempdir()}"):
-        spool = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 (closed below; only its making is translated)
-    with spool:
-        name = f"a temporary file in {tempfile.gettempdir()} (TMPDIR names another place)"
-        reader.progress = _shared(reader.progress, 3)
-        _copy(reader, _StreamWriter(spool, name).write)
-        for output in (_discard, write):
-            spool.seek(0)
-            _decrypt_body(_Reader(spool, name, reader.progress), key, aad, output)
-
-
-def _shared(progress: Progress | None, times: int) -> Progress | None:
-    """What reports each byte once that is read so many times: only at the end of the last all of them."""
-    if progress is None:
-        return None
-    rest = 0
-
-    def report(length: int) -> None:
-        nonlocal rest
-        whole, rest = divmod(rest + length, times)
-        progress(whole)
-
-    return report
-
-
-def _discard(piece: memoryview) -> None:
-    pass
-
-
-def _copy(reader: _Reader, write: Callable[[memoryview], None]) -> None:
-    chunk = memoryview(bytearray(FILE_CHUNK_BYTES))
-    while length := reader.fill(chunk):
-        write(chunk[:length])
 
 
 def _one_ciphertext(content: bytes, name: str) -> tuple[bytes, Callable[[bytes], bytes]]:
@@ -395,7 +238,7 @@ def _one_ciphertext(content: bytes, name: str) -> tuple[bytes, Callable[[bytes],
         except binascii.Error:
             blob = b""
         if not ciphertext.is_one(blob):
-            raise InputError(f"{name} is neither an MKE1 file nor a ciphertext")
+            raise InputError(f"{name} is neither an MKE2 or MKE1 file nor a ciphertext")
         encode = _base64_line if content.endswith(b"\n") else base64.b64encode
     if len(blob) > _MAX_CIPHERTEXT_BYTES:
         raise InputError(f"{name} is larger than the {_MAX_CIPHERTEXT_BYTES} bytes one ciphertext may have")
@@ -404,36 +247,3 @@ def _one_ciphertext(content: bytes, name: str) -> tuple[bytes, Callable[[bytes],
 
 def _base64_line(blob: bytes) -> bytes:
     return base64.b64encode(blob) + b"\n"
-
-
-@contextlib.contextmanager
-def _translated(action: str) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError as error:
-        raise ReaderGoneError(_message(action, error)) from error
-    except OSError as error:
-        raise FileAccessError(_message(action, error)) from error
-
-
-_REMEDIES: Final = {
-    errno.ENOSPC: "free some space and run it again",
-    errno.EDQUOT: "free some of your quota and run it again",
-    errno.ENOENT: "make its directory first",
-    errno.EACCES: "check the permissions of the file and its directory",
-    errno.EROFS: "name a place that can be written",
-    errno.EBUSY: "it is a mount point of its own, which nothing can replace: write with --out - > FILE",
-    errno.EXDEV: "it is a mount point of its own, which nothing can replace: write with --out - > FILE",
-    errno.EIO: "check the disk",
-    errno.EBADF: "it is closed",
-    errno.EFBIG: "raise the limit (ulimit -f)",
-    errno.EPIPE: "the reader of the pipe has ended",
-}
-
-
-def _message(action: str, error: OSError) -> str:
-    if isinstance(error, RenameError):
-        remedy = "either the old or the new file is there now; look before you run it again"
-    else:
-        remedy = _REMEDIES.get(error.errno or 0, "no output was made")
-    return f"{action}: {error.strerror or error}; {remedy}"

@@ -32,6 +32,7 @@ from kms.limits import (
     GCM_TAG_BYTES,
     KEY_BYTES,
     MAX_BYTES_PER_SUBKEY,
+    MAX_CHUNKS,
     MAX_GCM_PLAINTEXT_BYTES,
     MAX_SEALS_PER_SUBKEY,
     MAX_SUBKEYS_KEPT,
@@ -252,6 +253,63 @@ class CommittingKey:
 
 _kept_by: Final[deque[tuple[ref[CommittingKey], bytes]]] = deque()
 """Every subkey that was kept, and by whom, the oldest first, so that those of all keys together are bounded, too."""
+
+
+class ChunkSealer:
+    """Seals a stream chunk by chunk, each into 16 bytes more, with AES-256-GCM under one key that seals nothing else.
+
+    A chunk's nonce is its number, in 11 bytes big-endian, and whether it is the last, in one: no chunk opens at another
+    place, and no stream that was cut off (the construction STREAM of Hoang, Reyhanitabar, Rogaway and Vizár, 2015).
+    """
+
+    def __init__(self, key: Secret) -> None:
+        """`key` is 32 bytes, which the caller should wipe."""
+        with key.view() as view:
+            self._aead = AESGCM(view)
+        self._nonces = _ChunkNonces()
+
+    def seal_into(self, chunk: memoryview, output: memoryview, *, is_last: bool) -> None:
+        """Seal `chunk` into `output`, which is 16 bytes longer. Raises `InputError` past 2^36 chunks."""
+        if not self._nonces.are_left:
+            raise InputError("the file has more chunks than a stream holds; split it")
+        self._aead.encrypt_into(self._nonces.next(is_last=is_last), chunk, None, output)
+
+
+class ChunkOpener:
+    """Opens what a `ChunkSealer` has sealed, in its order."""
+
+    def __init__(self, key: Secret) -> None:
+        """`key` is 32 bytes, which the caller should wipe."""
+        with key.view() as view:
+            self._aead = AESGCM(view)
+        self._nonces = _ChunkNonces()
+
+    def open_into(self, sealed: memoryview, output: memoryview, *, is_last: bool) -> None:
+        """Open `sealed` into `output`, which is 16 bytes shorter; raises `DecryptionFailedError`."""
+        if not self._nonces.are_left:
+            raise DecryptionFailedError
+        try:
+            self._aead.decrypt_into(self._nonces.next(is_last=is_last), sealed, None, output)
+        except InvalidTag:
+            raise DecryptionFailedError from None
+
+
+class _ChunkNonces:
+    """The nonces of one stream, none of them twice."""
+
+    def __init__(self) -> None:
+        self._number = 0
+        self._is_over = False
+
+    @property
+    def are_left(self) -> bool:
+        return not self._is_over and self._number < MAX_CHUNKS
+
+    def next(self, *, is_last: bool) -> bytes:
+        nonce = self._number.to_bytes(GCM_NONCE_BYTES - 1, "big") + (b"\x01" if is_last else b"\x00")
+        self._number += 1
+        self._is_over = is_last
+        return nonce
 
 
 class StreamSealer:

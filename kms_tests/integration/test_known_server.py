@@ -73,13 +73,13 @@ class Imposter:
 def prepared(machine: Machine) -> Machine:
     if os.geteuid() != 0:
         pytest.skip("only root can run a process of another user")
-    from kms.core import container
+    from kms.core import mke1
     from kms.core.ciphertext import Purpose
     from kms_tests.keks import forged
 
     blob = forged("default", 1, Purpose.DATA_KEY)
     machine.file("ciphertext", blob)
-    machine.file("container", container.header(blob) + bytes(100))
+    machine.file("container", mke1.header(blob) + bytes(100))
     machine.file("plaintext", b"s3cret")
     return machine
 

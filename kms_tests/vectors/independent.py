@@ -194,6 +194,58 @@ def open_container(file: bytes) -> tuple[bytes, bytes]:
     return file[8:end], file[end:]
 
 
+CHUNK_BYTES = 65_536
+
+
+def write_stream(recipients: list[bytes], data_key: bytes, salt: bytes, content: bytes, aad: bytes) -> bytes:
+    """A file in the container MKE2; `recipients` wrap the data key."""
+    commitment, key = _stream_keys(data_key, salt, aad)
+    listed = b"".join(struct.pack(">H", len(one)) + one for one in recipients)
+    pieces = [content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES)] or [b""]
+    sealed = [_chunk(key, number, number == len(pieces) - 1, piece) for number, piece in enumerate(pieces)]
+    return b"MKE2" + struct.pack(">B", len(recipients)) + listed + salt + commitment + b"".join(sealed)
+
+
+def read_stream(file: bytes, data_key: bytes, aad: bytes) -> tuple[list[bytes], bytes]:
+    """The recipients and the content of an MKE2 file; raises `ValueError`."""
+    if file[:4] != b"MKE2" or not 1 <= file[4] <= 16:
+        raise ValueError("not a stream")
+    recipients, at = [], 5
+    for _ in range(file[4]):
+        (length,) = struct.unpack(">H", file[at : at + 2])
+        recipients.append(file[at + 2 : at + 2 + length])
+        at += 2 + length
+    commitment, key = _stream_keys(data_key, file[at : at + 32], aad)
+    if file[at + 32 : at + 64] != commitment:
+        raise ValueError("another key")
+    body = file[at + 64 :]
+    content = b""
+    chunks = [body[start : start + CHUNK_BYTES + 16] for start in range(0, len(body), CHUNK_BYTES + 16)]
+    for number, chunk in enumerate(chunks):
+        if len(chunk) < 16 or (len(chunk) == 16 and number):
+            raise ValueError("an empty chunk")
+        gcm = AES.new(key, AES.MODE_GCM, nonce=_chunk_nonce(number, number == len(chunks) - 1), mac_len=16)
+        content += gcm.decrypt_and_verify(chunk[:-16], chunk[-16:])
+    if not chunks:
+        raise ValueError("no chunk")
+    return recipients, content
+
+
+def _stream_keys(data_key: bytes, salt: bytes, aad: bytes) -> tuple[bytes, bytes]:
+    output = hkdf(data_key, 64, salt, b"mini-kms/MKE2/64KiB\0" + aad)
+    return output[:32], output[32:]
+
+
+def _chunk(key: bytes, number: int, is_last: bool, plaintext: bytes) -> bytes:
+    gcm = AES.new(key, AES.MODE_GCM, nonce=_chunk_nonce(number, is_last), mac_len=16)
+    body, tag = gcm.encrypt_and_digest(plaintext)
+    return bytes(body + tag)
+
+
+def _chunk_nonce(number: int, is_last: bool) -> bytes:
+    return number.to_bytes(11, "big") + (b"\x01" if is_last else b"\x00")
+
+
 def _text(data: bytes) -> str:
     return b64encode(data).decode("ascii")
 

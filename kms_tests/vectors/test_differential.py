@@ -171,12 +171,46 @@ class _Client:
 def test_both_read_each_others_containers(kek: bytes, data_key: bytes, nonce: bytes, content: bytes, aad: bytes) -> None:
     client = _Client(kek, data_key, nonce)
     ours = BytesIO()
-    files.encrypt_file(client, BytesIO(content), ours, aad=aad)
+    files.encrypt_file(client, BytesIO(content), ours, aad=aad, file_format=files.FileFormat.MKE1)
     wrapped, envelope = independent.open_container(ours.getvalue())
     assert independent.unseal(client.decrypt(wrapped, aad), envelope, aad) == content
     theirs = independent.container(client.wrap(aad), independent.seal(data_key, nonce, content, aad))
     read = BytesIO()
     files.decrypt_file(client, BytesIO(theirs), read, aad=aad)
+    assert read.getvalue() == content
+
+
+class _StreamClient(_Client):
+    """The same, with the ciphertexts of today."""
+
+    def wrap(self, aad: bytes) -> bytes:
+        nonce = self._nonce * 2
+        return independent.bound_ciphertext(2, "default", 1, self._kek, nonce, self._data_key, aad)
+
+    def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
+        purpose, group, version, plaintext = independent.open_bound_ciphertext(ciphertext, self._kek, aad)
+        assert (purpose, group, version) == (2, source_key_id, 1)
+        return plaintext
+
+
+sizes = st.integers(0, 3000) | st.sampled_from([65_535, 65_536, 65_537, 2 * 65_536, 17 * 65_536])
+
+
+@given(keys, keys, nonces, st.binary(min_size=32, max_size=32), sizes, aads)
+@settings(max_examples=30, deadline=None)
+def test_both_read_each_others_streams(
+    kek: bytes, data_key: bytes, nonce: bytes, salt: bytes, size: int, aad: bytes
+) -> None:
+    content = bytes(range(256)) * (size // 256 + 1)
+    content = content[:size]
+    client = _StreamClient(kek, data_key, nonce)
+    ours = BytesIO()
+    files.encrypt_file(client, BytesIO(content), ours, aad=aad)
+    assert independent.read_stream(ours.getvalue(), data_key, aad) == ([client.wrap(aad)], content)
+    read = BytesIO()
+    files.decrypt_file(
+        client, BytesIO(independent.write_stream([client.wrap(aad)], data_key, salt, content, aad)), read, aad=aad
+    )
     assert read.getvalue() == content
 
 

@@ -6,34 +6,34 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kms.core import container
+from kms.core import mke1
 from kms.errors import InputError
 
 
 def test_the_bytes_are_those_of_the_contract() -> None:
-    assert container.header(b"wrapped") == b"MKE1\x00\x00\x00\x07wrapped"
+    assert mke1.header(b"wrapped") == b"MKE1\x00\x00\x00\x07wrapped"
 
 
 @given(st.binary(min_size=1, max_size=1024))
 def test_the_length_that_is_written_is_read_back(wrapped: bytes) -> None:
-    header = container.header(wrapped)
-    assert container.wrapped_key_length(header[:8]) == len(wrapped)
+    header = mke1.header(wrapped)
+    assert mke1.wrapped_key_length(header[:8]) == len(wrapped)
     assert header[8:] == wrapped
 
 
 @pytest.mark.parametrize("wrapped", [b"", bytes(1025)])
 def test_a_wrapped_key_of_impossible_length_is_refused(wrapped: bytes) -> None:
     with pytest.raises(InputError, match="impossible length"):
-        container.header(wrapped)
+        mke1.header(wrapped)
 
 
 @pytest.mark.parametrize("fixed", [b"", b"MKE1", b"MKE1\0\0\0", b"MKE2\0\0\0\x07", b"mke1\0\0\0\x07", b"\x89PNG\r\n\x1a\n"])
 def test_what_does_not_begin_like_a_container_is_named_so(fixed: bytes) -> None:
     with pytest.raises(InputError, match="not an MKE1 file"):
-        container.wrapped_key_length(fixed)
+        mke1.wrapped_key_length(fixed)
 
 
 @pytest.mark.parametrize("length", [0, 1025, 0x7FFFFFFF, 0xFFFFFFFF])
 def test_a_damaged_length_is_refused_before_anything_is_allocated(length: int) -> None:
     with pytest.raises(InputError, match="header is damaged"):
-        container.wrapped_key_length(b"MKE1" + length.to_bytes(4, "big"))
+        mke1.wrapped_key_length(b"MKE1" + length.to_bytes(4, "big"))
