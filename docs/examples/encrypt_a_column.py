@@ -5,7 +5,7 @@ there, does not open.
 
 Prints:
 
-    stored 56 bytes for ada
+    stored 101 bytes for ada
     ada's number is 4111 1111
     a number that was moved to another row does not open
 """

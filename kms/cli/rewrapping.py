@@ -160,6 +160,8 @@ def _files(paths: Sequence[str]) -> Iterator[tuple[Path, bool]]:
         if not path.is_dir():
             if not path.exists():
                 raise InputMissingError(f"there is no file {path}")
+            if not path.is_file():
+                raise InputError(f"{path} is not a regular file, which alone can be replaced; use --in and --out")
             yield path, True
             continue
         for directory, names, others in os.walk(path, onerror=_refuse):

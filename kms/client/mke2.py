@@ -256,7 +256,12 @@ def _behind(writer: Writer, *, is_file: bool) -> Iterator[Callable[[memoryview],
         pending = True
 
     thread = threading.Thread(target=work, name="kms-writer", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        # There may be no more threads (ulimit -u). Without one it is slower.
+        yield writer.write
+        return
     try:
         yield write
         wait()

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 from cryptography.exceptions import InvalidTag
 
-from kms.core import ciphertext
-from kms.core.envelope import HEADER_BYTES, CommittingKey, EnvelopeKey, StreamOpener
+from kms.core import ciphertext, mke2
+from kms.core.envelope import HEADER_BYTES, ChunkOpener, CommittingKey, EnvelopeKey, StreamOpener
 from kms.core.kek import Kek
 from kms.core.keyring import KeyVersion, VersionStatus
 from kms.errors import DecryptionFailedError
@@ -78,6 +78,10 @@ def _put_in_both() -> None:
     Kek.open, Kek.seal = _open_without_header, _seal_without_header  # type: ignore[method-assign]  # a mutant
 
 
+def _open_chunk(_self: ChunkOpener, _sealed: memoryview, output: memoryview, *, is_last: bool) -> None:
+    output[:] = bytes(len(output))
+
+
 def _build_any_version(group: str, stored: Any, unwrap: Any, rewrap: Any) -> Any:
     status = VersionStatus.__members__.get(stored.status, VersionStatus.ENABLED)
     return KeyVersion.build(group, max(1, stored.version) & 0xFFFF or 1, status, 0, stored.wrapped, None)
@@ -105,6 +109,12 @@ MUTANTS: Final = {
     "a ciphertext whose header is not authenticated": Mutant("ciphertext", "ForgedError", _put_in_both),
     "a stream whose tag is not verified": Mutant(
         "container", "ForgedError", _replacing(StreamOpener, "finish", lambda _self, _tag: None)
+    ),
+    "a chunk whose tag is not verified": Mutant(
+        "container", "ForgedError", _replacing(ChunkOpener, "open_into", _open_chunk)
+    ),
+    "a file whose commitment is not verified": Mutant(
+        "container", "ForgedError", _replacing(mke2, "opened", lambda header, key, aad: mke2.keys(key, header.salt, aad)[1])
     ),
     "a format 3 keystore whose MAC is not checked": Mutant(
         "keystore-3", "ForgedError", _replacing(document, "check_mac", lambda _expected, _presented: None)

@@ -14,7 +14,7 @@ import random
 import tempfile
 import unicodedata
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
 from enum import Enum
 from functools import cache
@@ -27,7 +27,7 @@ from unittest import mock
 from kms import limits
 from kms.client import files
 from kms.client.protocol import DataKey
-from kms.core import audit, derive
+from kms.core import audit, derive, mke2
 from kms.core import ciphertext as ciphertexts
 from kms.core.ciphertext import Purpose
 from kms.core.derive import KdfParameters
@@ -267,10 +267,11 @@ def containers() -> dict[bytes, bytes]:
     """Each container that was made, and its file."""
     made = {}
     for content in (b"", b"x", bytes(range(256)) * 5):
-        target = BytesIO()
-        with _repeatable(2 + len(content)):
-            files.encrypt_file(_LocalClient(), BytesIO(content), target, aad=AAD)
-        made[target.getvalue()] = content
+        for form in files.FileFormat:
+            target = BytesIO()
+            with _repeatable(2 + len(content)):
+                files.encrypt_file(_LocalClient(), BytesIO(content), target, aad=AAD, file_format=form)
+            made[target.getvalue()] = content
     return made
 
 
@@ -288,6 +289,10 @@ def check_container(data: bytes) -> None:
         raise ForgedError("a container decrypted that nobody made")
 
 
+def _recipients(box: bytes) -> Iterable[mke2.Recipient]:
+    return mke2.read_header(BytesIO(box[4:]).read).recipients if box.startswith(b"MKE2") else ()
+
+
 def check_reencrypt(data: bytes) -> None:
     """What is re-encrypted has a key or a ciphertext in it that was made; a container's body stays as it was."""
     target = BytesIO()
@@ -295,9 +300,17 @@ def check_reencrypt(data: bytes) -> None:
         files.reencrypt_file(_LocalClient(), BytesIO(data), target, key_id="billing", aad=AAD)
     except (InputError, DecryptionFailedError):
         return
-    if data.startswith(b"MKE1"):
+    if data.startswith(b"MKE2"):
+        header = mke2.read_header(BytesIO(data[4:]).read)
+        wrapped = {one.wrapped for one in header.recipients}
+        made = {one.wrapped for box in containers() for one in _recipients(box)}
+        if not wrapped & made:
+            raise ForgedError("a file with a data key that nobody wrapped was re-encrypted")
+        _require(target.getvalue().endswith(data[len(header.encode()) - 64 :]), "the body of a file was changed")
+    elif data.startswith(b"MKE1"):
         wrapped_end = 8 + int.from_bytes(data[4:8], "big")
-        if data[8:wrapped_end] not in {made[8 : 8 + int.from_bytes(made[4:8], "big")] for made in containers()}:
+        ours = {box[8 : 8 + int.from_bytes(box[4:8], "big")] for box in containers() if box.startswith(b"MKE1")}
+        if data[8:wrapped_end] not in ours:
             raise ForgedError("a container with a data key that nobody wrapped was re-encrypted")
         _require(target.getvalue().endswith(data[wrapped_end:]), "the body of a container was changed")
     elif not any(blob in data or b64encode(blob) in b"".join(data.split()) for blob in world().ciphertexts):

@@ -81,18 +81,34 @@ def test_a_keystore_that_a_server_holds_is_refused_with_the_servers_pid(machine:
     assert machine.keystore.read_bytes() == before
 
 
-def test_a_container_that_was_cut_short_never_opens(machine: Machine, server: Server, output: Path) -> None:
+@pytest.mark.parametrize("form", ["mke1", "mke2"])
+def test_a_container_that_was_cut_short_never_opens(machine: Machine, server: Server, output: Path, form: str) -> None:
     sealed = machine.root / "sealed"
     plain = machine.file("plain", os.urandom(100_000))
-    assert server.client("encrypt-file", "--in", str(plain), "--out", str(sealed)).status == 0
+    made = server.client("encrypt-file", "--in", str(plain), "--out", str(sealed), "--format", form)
+    assert made.status == 0
     whole = sealed.read_bytes()
-    header = 8 + int.from_bytes(whole[4:8], "big")
+    header = 8 + int.from_bytes(whole[4:8], "big") if form == "mke1" else 7 + int.from_bytes(whole[5:7], "big") + 64
     expected = {0: 65, 3: 65, 7: 65, header - 1: 65, header: 1, header + 20: 1, header + 40: 1, len(whole) - 1: 1}
     for length, status in expected.items():
         cut = machine.file("cut", whole[:length])
         refused = server.client("decrypt-file", "--in", str(cut), "--out", str(output))
         assert (length, refused.status) == (length, status), refused.stderr
         refused.said_one_line("kms-client")
+
+
+def test_a_pipe_gets_an_authentic_beginning_of_a_file_that_was_cut_off_and_is_told(
+    machine: Machine, server: Server
+) -> None:
+    content = os.urandom(200_000)
+    plain, sealed = machine.file("plain", content), machine.root / "sealed"
+    assert server.client("encrypt-file", "--in", str(plain), "--out", str(sealed)).status == 0
+    cut = machine.file("cut", sealed.read_bytes()[:-20])
+    told = server.client("decrypt-file", "--in", str(cut), "--out", "-")
+    assert told.status == 65
+    assert told.stdout == content[: 3 * 65_536]
+    said = told.said_one_line("kms-client")
+    assert "decryption failed after 196608 bytes, which are authentic; the rest is damaged or cut off" in said
 
 
 def test_a_container_that_was_altered_never_opens(machine: Machine, server: Server, output: Path) -> None:

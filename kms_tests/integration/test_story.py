@@ -18,8 +18,8 @@ def digest(path: Path) -> str:
 
 def body(container: Path) -> bytes:
     content = container.read_bytes()
-    assert content[:4] == b"MKE1"
-    return content[8 + int.from_bytes(content[4:8], "big") :]
+    assert content[:5] == b"MKE2\x01"
+    return content[7 + int.from_bytes(content[5:7], "big") :]
 
 
 class Story:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -20,6 +21,15 @@ from scripts.benchmark.processes import MIB, Bench, BenchmarkError, spread
 
 PIECE: Final = 1 << 20
 _COMMAND_SECONDS: Final = 600.0
+
+
+FILE_RATIOS: Final = {
+    "kms-client encrypt-file": 1.1,
+    "kms-client decrypt-file": 1.3,
+    "kms-client decrypt-file, pipe to pipe": 1.2,
+}
+"""The least ratio to age's throughput."""
+_PIPES: Final = ("--in", "-", "--out", "-")
 
 
 class FileRate(msgspec.Struct, frozen=True, rename="camel"):
@@ -50,7 +60,7 @@ def measure(bench: Bench, directory: Path, *, size_mib: int, rounds: int, said: 
     """Encrypt, decrypt and copy a file of random bytes in `directory`, in turns.
 
     Each is followed by a sync of what it wrote, and that counts: kms-client has made its output durable by then, the
-    others have not.
+    others have not. From pipe to pipe nothing is written that stays.
     """
     plain, sealed, opened, other, back, copy = (
         directory / name for name in ("plain", "sealed.mke", "opened", "sealed.age", "back", "copy")
@@ -61,11 +71,20 @@ def measure(bench: Bench, directory: Path, *, size_mib: int, rounds: int, said: 
     recipient = made.stderr.split()[-1]
     with bench.server() as server:
         kms = [*program("client"), "--unix", str(server.socket)]
-        commands = {
+
+        def piped(source: Path, command: list[str]) -> list[str]:
+            return ["sh", "-c", f"cat {shlex.quote(str(source))} | {shlex.join(command)} | cat > /dev/null"]
+
+        commands: dict[str, tuple[list[str], Path | None]] = {
             "kms-client encrypt-file": ([*kms, "encrypt-file", "--in", str(plain), "--out", str(sealed)], sealed),
             "age, encrypting": (["age", "-r", recipient, "-o", str(other), str(plain)], other),
             "kms-client decrypt-file": ([*kms, "decrypt-file", "--in", str(sealed), "--out", str(opened)], opened),
             "age, decrypting": (["age", "-d", "-i", str(identity), "-o", str(back), str(other)], back),
+            "kms-client decrypt-file, pipe to pipe": (
+                piped(sealed, [*kms, "decrypt-file", "--in", "-", "--out", "-"]),
+                None,
+            ),
+            "age, decrypting, pipe to pipe": (piped(other, ["age", "-d", "-i", str(identity)]), None),
             "cp": (["cp", str(plain), str(copy)], copy),
         }
         times: dict[str, list[float]] = {name: [] for name in commands}
@@ -79,13 +98,20 @@ def measure(bench: Bench, directory: Path, *, size_mib: int, rounds: int, said: 
             if _digest(opened) != digest:
                 raise BenchmarkError("a file that was decrypted is not what was encrypted")
             for _, output in commands.values():
-                output.unlink()
+                if output is not None:
+                    output.unlink()
     rows = []
     for name, took in times.items():
-        beside = times["age, encrypting" if "encrypt" in name else "age, decrypting"]
+        beside = times[_beside(name)]
         ratios = [theirs / ours for ours, theirs in zip(took, beside, strict=True)]
         rows.append(FileRate(name, size_mib / median(took), *spread(ratios), peaks[name]))
     return rows
+
+
+def _beside(name: str) -> str:
+    if "pipe" in name:
+        return "age, decrypting, pipe to pipe"
+    return "age, encrypting" if "encrypt" in name else "age, decrypting"
 
 
 def cold_start(bench: Bench, *, rounds: int, said: Callable[[str], None]) -> list[ColdStart]:
@@ -107,14 +133,15 @@ def cold_start(bench: Bench, *, rounds: int, said: Callable[[str], None]) -> lis
     return [ColdStart(name, median(took) * 1e3) for name, took in times.items()]
 
 
-def _durably(command: list[str], output: Path, server: Server) -> tuple[float, float]:
+def _durably(command: list[str], output: Path | None, server: Server) -> tuple[float, float]:
     """How long `command` and a sync of its output take, in seconds, and the command's peak memory in MiB."""
     start = time.perf_counter()
     done, peak = measured([str(shutil.which(command[0])), *command[1:]], _environment(server), _COMMAND_SECONDS)
     _require_success(command, done)
-    descriptor = os.open(output, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
+    if output is not None:
+        descriptor = os.open(output, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
     return time.perf_counter() - start, peak * 1024 / MIB
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from scripts.benchmark.clients import Client
 from scripts.benchmark.control_plane import Interference, Mutations, Size
 from scripts.benchmark.data_plane import SHAPES
-from scripts.benchmark.files import ColdStart, FileRate
+from scripts.benchmark.files import FILE_RATIOS, ColdStart, FileRate
 from scripts.benchmark.session import SessionCost
 from scripts.benchmark.turns import Row
 
@@ -86,9 +86,10 @@ def targets(figures: Figures) -> Iterator[Target]:
     for client in figures.clients:
         yield Target(f"{client.name}: encrypt_many / single calls", client.ratio, 5)
     for file in figures.files:
-        if file.name.startswith("kms-client"):
-            yield Target(f"{file.name}: throughput / age's", file.ratio, 1)
-            yield Target(f"{file.name}: peak, MiB", file.peak_mib, 100, at_most=True)
+        bound = FILE_RATIOS.get(file.name)
+        if bound is not None:
+            yield Target(f"{file.name}: throughput / age's", file.ratio, bound)
+            yield Target(f"{file.name}: peak, MiB", file.peak_mib, 64, at_most=True)
 
 
 def show(console: Console, figures: Figures, machine: dict[str, str]) -> None:
