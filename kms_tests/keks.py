@@ -18,7 +18,7 @@ def sealed(
     purpose: Purpose = Purpose.ENCRYPT,
 ) -> bytes:
     """A ciphertext 03."""
-    return kek.seal(plaintext, aad, ciphertext.header(purpose, ciphertext.kek_id(group, version)))
+    return kek.seal(plaintext, aad, purpose, ciphertext.kek_id(group, version))
 
 
 def opened(kek: Kek, blob: bytes, aad: bytes = b"") -> bytes:

@@ -80,10 +80,14 @@ def test_no_nonce_comes_twice_and_one_first_half_serves_for_so_many_seals() -> N
 
 
 def test_one_first_half_serves_for_so_many_bytes() -> None:
+    # 2^16 seals are 2^36 bytes, if each 2^20 of them count as one.
+    assert envelope._SEAL_BITS == 20
     key = _key()
-    with patch.object(envelope, "MAX_BYTES_PER_SUBKEY", 100):
-        firsts = [_first(key.seal(bytes(size), b"")) for size in (60, 40, 1, 99, 100, 0, 1)]
-    assert firsts[0] == firsts[1] != firsts[2] == firsts[3] != firsts[4] == firsts[5] != firsts[6]
+    with patch.object(envelope, "MAX_SEALS_PER_SUBKEY", 4), patch.object(envelope, "_SEAL_BITS", 6):
+        firsts = [_first(key.seal(bytes(size), b"")) for size in (128, 63, 0, 192, 1, 64, 64)]
+    assert firsts[0] == firsts[1] != firsts[2] != firsts[3] != firsts[4]
+    assert firsts[4] != firsts[6]
+    assert len(set(firsts)) == 5
 
 
 def test_two_keys_of_the_same_bytes_do_not_share_a_first_half() -> None:
@@ -97,7 +101,7 @@ def test_only_what_was_authentic_is_kept() -> None:
         _refused(key, altered)
     assert list(key._kept) == []
     key.open(blob, b"")
-    assert list(key._kept) == [_first(blob)]
+    assert list(key._kept) == [blob[:14]]
 
 
 def test_what_was_opened_last_is_kept_up_to_a_bound() -> None:
@@ -108,27 +112,23 @@ def test_what_was_opened_last_is_kept_up_to_a_bound() -> None:
     key.open(blobs[0], b"")
     for blob in blobs[MAX_SUBKEYS_KEPT_PER_KEY:]:
         key.open(blob, b"")
-    assert list(key._kept) == list(map(_first, [*blobs[4:8], blobs[0], *blobs[8:]]))
+    assert list(key._kept) == [blob[:14] for blob in (*blobs[4:8], blobs[0], *blobs[8:])]
     assert all(key.open(blob, b"") == b"x" for blob in blobs)
 
 
 def test_what_all_keys_keep_together_is_bounded_and_keeps_no_key_alive() -> None:
-    envelope._kept_by.clear()
-    with patch.object(envelope, "MAX_SUBKEYS_KEPT", 10):
-        keys = [_key(bytes([number] * 32)) for number in range(6)]
+    envelope._keepers.clear()
+    with patch.object(envelope, "MAX_SUBKEYS_KEPT", 3 * MAX_SUBKEYS_KEPT_PER_KEY):
+        keys = [_key(bytes([number] * 32)) for number in range(5)]
         for key in keys:
-            for _ in range(3):
+            for _ in range(2):
                 key.open(_fresh(key), b"")
-        assert sum(len(key._kept) for key in keys) == 10
-        assert [len(key._kept) for key in keys] == [0, 0, 1, 3, 3, 3]
+        assert [len(key._kept) for key in keys] == [0, 0, 2, 2, 2]
+        keys[0].open(_fresh(keys[0]), b"")
+        assert [len(key._kept) for key in keys] == [1, 0, 0, 2, 2]
         del key, keys
         gc.collect()
-        assert all(keeper() is None for keeper, _ in envelope._kept_by)
-        last = _key()
-        for _ in range(12):
-            last.open(_fresh(last), b"")
-        assert len(last._kept) == MAX_SUBKEYS_KEPT_PER_KEY
-    envelope._kept_by.clear()
+        assert len(envelope._keepers) == 0
 
 
 def test_a_wiped_one_has_nothing_left() -> None:

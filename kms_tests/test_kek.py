@@ -69,8 +69,9 @@ def test_the_header_is_authenticated(changed: dict[str, object]) -> None:
 
 def test_the_header_and_the_aad_cannot_be_shifted_into_each_other() -> None:
     kek = Kek(_secret())
-    header = ciphertext.header(Purpose.ENCRYPT, ciphertext.kek_id("billing", 1))
-    parsed = ciphertext.parse(kek.seal(b"x", header[1:] + b"aad", header))
+    kek_id = ciphertext.kek_id("billing", 1)
+    header = ciphertext.header(Purpose.ENCRYPT, kek_id)
+    parsed = ciphertext.parse(kek.seal(b"x", header[1:] + b"aad", Purpose.ENCRYPT, kek_id))
     with pytest.raises(DecryptionFailedError):
         kek.open(parsed._replace(header=header + header[1:]), b"aad")
 

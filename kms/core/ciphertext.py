@@ -24,6 +24,7 @@ from kms.limits import MAX_GROUP_NAME_BYTES, MAX_VERSION
 FORMAT: Final = 3
 EARLIER_FORMAT: Final = 2
 _LENGTH_BYTES: Final = 8
+_NONE: Final = bytes(_LENGTH_BYTES)
 _VERSION_BYTES: Final = 8
 _OVERHEAD_BYTES: Final = _VERSION_BYTES + COMMITTING_OVERHEAD_BYTES
 _EARLIER_OVERHEAD_BYTES: Final = _VERSION_BYTES + OVERHEAD_BYTES
@@ -40,9 +41,10 @@ class Purpose(IntEnum):
     DATA_KEY_PAIR = 3
 
 
-_PURPOSES: Final = {purpose.value: purpose for purpose in Purpose}
-_PURPOSE_BYTES: Final = {purpose: bytes((FORMAT, purpose)) for purpose in Purpose}
-_BEGINNINGS: Final = frozenset(_PURPOSE_BYTES.values())
+_PURPOSES: Final = tuple(Purpose)
+"""Each at the place of its number. Not a mapping: to hash an enum's member takes as long as the rest of this."""
+_UNKNOWN: Final = Purpose.UNKNOWN
+_BEGINNINGS: Final = tuple(bytes((FORMAT, purpose)) for purpose in _PURPOSES)
 _EARLIER: Final = bytes((EARLIER_FORMAT,))
 
 
@@ -83,7 +85,7 @@ def kek_id(group: str, version: int) -> bytes:
 
 def header(purpose: Purpose, kek: bytes) -> bytes:
     """What a ciphertext under the KEK of this id begins with; the committing envelope follows it."""
-    return _PURPOSE_BYTES[purpose] + kek
+    return _BEGINNINGS[purpose] + kek
 
 
 def earlier_header(kek: bytes) -> bytes:
@@ -93,7 +95,12 @@ def earlier_header(kek: bytes) -> bytes:
 
 def bound(header: bytes, aad: bytes) -> bytes:
     """What a committing envelope authenticates: its ciphertext's header and the caller's AAD, each after its length."""
-    return b"".join((len(header).to_bytes(_LENGTH_BYTES, "big"), header, len(aad).to_bytes(_LENGTH_BYTES, "big"), aad))
+    return with_length(header) + with_length(aad)
+
+
+def with_length(octets: bytes) -> bytes:
+    """Some bytes after their number, which takes eight."""
+    return len(octets).to_bytes(_LENGTH_BYTES, "big") + octets if octets else _NONE
 
 
 def is_one(blob: bytes) -> bool:
@@ -118,12 +125,19 @@ def parse(blob: bytes) -> Ciphertext:
     """Take a ciphertext apart; raises `DecryptionFailedError` for anything that is not one."""
     name = group(blob)
     start = blob[0]
-    end = start + blob[start - 1] + _VERSION_BYTES
-    prefix, purpose = (COMMITTING_PREFIX, _PURPOSES[blob[1]]) if start == FORMAT else (PREFIX, Purpose.UNKNOWN)
+    number = start + blob[start - 1]
+    end = number + _VERSION_BYTES
+    envelope = blob[end:]
     # No key is to see an envelope of the other kind.
-    if blob[end : end + len(prefix)] != prefix:
-        raise DecryptionFailedError
-    return Ciphertext(name, int.from_bytes(blob[end - _VERSION_BYTES : end], "big"), blob[end:], purpose, blob[:end])
+    if start == FORMAT:
+        if envelope[:2] != COMMITTING_PREFIX:
+            raise DecryptionFailedError
+        purpose = _PURPOSES[blob[1]]
+    else:
+        if envelope[:2] != PREFIX:
+            raise DecryptionFailedError
+        purpose = _UNKNOWN
+    return Ciphertext(name, int.from_bytes(blob[number:end], "big"), envelope, purpose, blob[:end])
 
 
 def named(blob: bytes) -> tuple[str, int]:
@@ -140,7 +154,7 @@ def group(blob: bytes) -> str:
     start = blob[0]
     if start == FORMAT:
         overhead = _OVERHEAD_BYTES
-        if blob[1] not in _PURPOSES:
+        if blob[1] >= len(_PURPOSES):
             raise DecryptionFailedError
     elif start == EARLIER_FORMAT:
         overhead = _EARLIER_OVERHEAD_BYTES

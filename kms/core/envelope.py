@@ -16,9 +16,8 @@ from __future__ import annotations
 
 import hmac
 import os
-from collections import OrderedDict, deque
-from typing import Final, NamedTuple, NoReturn
-from weakref import ref
+from typing import Final, NoReturn
+from weakref import WeakKeyDictionary
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms, modes
@@ -118,141 +117,154 @@ _BLOCK_BITS: Final = 128
 _BLOCK_BYTES: Final = 16
 _REDUCTION: Final = 0x87
 """What a bit that leaves the block comes back as: x^7 + x^2 + x + 1, the field of CMAC (NIST SP 800-38B)."""
-
-
-def _blocks(*texts: bytes) -> int:
-    """16-byte blocks as one number, so that one exclusive-or changes all of them."""
-    return int.from_bytes(b"".join(text.ljust(_BLOCK_BYTES, b"\0") for text in texts), "big")
-
-
-_DERIVED_BYTES: Final = 4 * _BLOCK_BYTES - 1
-"""Three blocks, with the room that updating a cipher context asks for."""
 _TWICE: Final = (1 << _BLOCK_BITS) + 1
-"""Times a block, it is that block twice."""
-_KEY_LABELS: Final = _blocks(b"\x00\x01X\x00", b"\x00\x02X\x00")
+"""Times a block, it is that block twice: of blocks as one number, one exclusive-or changes all."""
+_THRICE: Final = (1 << 2 * _BLOCK_BITS) + _TWICE
+_DERIVED_BYTES: Final = 3 * _BLOCK_BYTES
+_WORK_BYTES: Final = _DERIVED_BYTES + _BLOCK_BYTES - 1
+"""With the room that updating a cipher context asks for."""
+_LABELS: Final = tuple(
+    int.from_bytes(label.ljust(_BLOCK_BYTES, b"\0"), "big") for label in (b"\x00\x01X\x00", b"\x00\x02X\x00", b"XCMT")
+)
 _FIRST_COUNTER: Final = b"\x00\x01\x00\x01"
 _SECOND_COUNTER: Final = b"\x00\x01\x00\x02"
-_COMMITMENT_LABEL: Final = b"XCMT"
+_SEAL_BITS: Final = MAX_BYTES_PER_SUBKEY.bit_length() - MAX_SEALS_PER_SUBKEY.bit_length()
+"""So many bytes, as a power of two, count as one more seal: then the bound of seals is the one of bytes, too."""
 
 
-class _Subkey(NamedTuple):
+class _Subkey:
     """What the first half of a nonce makes of a key; `folded` is X1 xor K1, twice."""
 
-    first: bytes
-    gcm: AESGCM
-    folded: int
+    __slots__ = ("folded", "front", "gcm")
+
+    def __init__(self, front: bytes, gcm: AESGCM, folded: int) -> None:
+        self.front = front
+        """What its envelopes begin with."""
+        self.gcm = gcm
+        self.folded = folded
 
 
 class CommittingKey:
-    """A 256-bit key for XAES-256-GCM with key commitment (C2SP, and Gueron and Ristenpart in IACR ePrint 2025/758).
+    """A 256-bit key for XAES-256-GCM with key commitment (C2SP; IACR ePrint 2025/758, as in AWS-LC).
 
     The first half of the 24-byte nonce derives a subkey, under which the second half is AES-GCM's nonce. The commitment is
     32 bytes that only this key makes of that nonce, so that nobody can make an envelope that opens under two keys.
 
-    Deriving a subkey costs as much as sealing little. So one first half, drawn at random, serves for up to 2^16 seals or
+    Deriving a subkey costs more than sealing little. So one first half, drawn at random, serves for up to 2^16 seals or
     2^36 bytes, while the second is drawn each time: for 2^50 seals under one key, two that share both halves are as likely
-    as 2^34 * C(2^16, 2) * 2^-96 = 2^-31. And the subkeys of what opened last are kept: a few for each key, of what was
-    authentic alone, as otherwise anybody's garbage would push them out. None of it can be zeroed but by freeing it.
+    as 2^34 * C(2^16, 2) * 2^-96 = 2^-31. And the subkeys of what opened last are kept: eight for each key, of 512 keys at
+    most, and of what was authentic alone, as otherwise anybody's garbage would push them out.
 
-    Not to be used by two threads at once.
+    Its numbers are K1 and what is made of it, which cannot be zeroed, only let go. Not to be used by two threads at once.
     """
 
-    __slots__ = ("__weakref__", "_bytes_left", "_ecb", "_k1", "_kept", "_sealer", "_seals_left")
+    __slots__ = ("__weakref__", "_asked", "_ecb", "_k1", "_kept", "_sealer", "_seals_left")
 
     def __init__(self, key: Secret) -> None:
         """`key` is 32 bytes; OpenSSL copies it, and the caller should wipe it."""
         if len(key) != KEY_BYTES:
             raise ValueError("an AES-256 key has 32 bytes")
         with key.view() as view:
-            self._ecb: CipherContext | _Wiped = Cipher(algorithms.AES256(view), modes.ECB()).encryptor()  # noqa: S305 - what XAES is made of
+            self._ecb: CipherContext | _Wiped = Cipher(algorithms.AES256(view), modes.ECB()).encryptor()  # noqa: S305 - XAES is made of it
         low = int.from_bytes(self._ecb.update(bytes(_BLOCK_BYTES)), "big") << 1
         self._k1 = low ^ (1 << _BLOCK_BITS | _REDUCTION) if low >> _BLOCK_BITS else low
-        self._kept: OrderedDict[bytes, _Subkey] = OrderedDict()
+        one, two, commitment = _LABELS
+        self._asked = (self._k1 ^ one) << 2 * _BLOCK_BITS | (self._k1 ^ two) << _BLOCK_BITS | commitment
+        """The three blocks that a subkey is made of, but for the nonce."""
+        self._kept: dict[bytes, _Subkey] = {}
+        """Those that opened last, the latest at the end."""
         self._sealer: _Subkey | None = None
-        self._seals_left = self._bytes_left = 0
+        self._seals_left = 0
 
     def seal(self, plaintext: Buffer, aad: Buffer, prefix: bytes = b"") -> bytes:
         """`prefix`, then the committing envelope of `plaintext`. `aad` is authenticated and not stored."""
         subkey = self._sealer
-        self._seals_left -= 1
-        self._bytes_left -= len(plaintext)
-        if subkey is None or self._seals_left < 0 or self._bytes_left < 0:
-            self._sealer = subkey = self._derived(os.urandom(GCM_NONCE_BYTES))
-            self._seals_left = MAX_SEALS_PER_SUBKEY - 1
-            self._bytes_left = MAX_BYTES_PER_SUBKEY - len(plaintext)
-        return self._sealed(subkey, os.urandom(GCM_NONCE_BYTES), plaintext, aad, prefix)
+        counted = 1 + (len(plaintext) >> _SEAL_BITS)
+        self._seals_left -= counted
+        if subkey is None or self._seals_left < 0:
+            self._sealer = subkey = self._derived(COMMITTING_PREFIX + os.urandom(GCM_NONCE_BYTES))
+            self._seals_left = MAX_SEALS_PER_SUBKEY - counted
+        return prefix + self._sealed(subkey, os.urandom(GCM_NONCE_BYTES), plaintext, aad)
 
     def seal_with_nonce(self, nonce: bytes, plaintext: Buffer, aad: Buffer) -> bytes:
         """`seal` below its randomness, for known-answer tests; nothing else may call it."""
         first, second = nonce[:GCM_NONCE_BYTES], nonce[GCM_NONCE_BYTES:]
-        return self._sealed(self._derived(first), second, plaintext, aad, b"")
+        return self._sealed(self._derived(COMMITTING_PREFIX + first), second, plaintext, aad)
 
     def open(self, envelope: bytes, aad: Buffer) -> bytes:
         """The plaintext of `envelope`; raises `DecryptionFailedError` whatever is wrong with it.
 
         Tag and commitment are both looked at, whatever the other says, so that there is one refusal, and one time it takes.
         """
-        if len(envelope) < COMMITTING_OVERHEAD_BYTES or envelope[:2] != COMMITTING_PREFIX:
+        if len(envelope) < COMMITTING_OVERHEAD_BYTES or not envelope.startswith(COMMITTING_PREFIX):
             raise DecryptionFailedError
-        first, second = envelope[2:_SECOND_HALF], envelope[_SECOND_HALF:_COMMITTING_HEADER_BYTES]
-        known = self._sealer if self._sealer is not None and self._sealer.first == first else self._kept.get(first)
-        subkey = self._derived(first) if known is None else known
+        front, second = envelope[:_SECOND_HALF], envelope[_SECOND_HALF:_COMMITTING_HEADER_BYTES]
+        sealer = self._sealer
+        is_sealers = sealer is not None and sealer.front == front
+        subkey = (sealer if is_sealers else self._kept.get(front)) or self._derived(front)
         plaintext: bytes | None
         try:
             plaintext = subkey.gcm.decrypt(second, envelope[_COMMITTING_HEADER_BYTES:-COMMITMENT_BYTES], aad)
         except InvalidTag:
             plaintext = None
-        is_committed = hmac.compare_digest(self._commitment(subkey, second), envelope[-COMMITMENT_BYTES:])
-        if plaintext is None or not is_committed:
+        blocks = subkey.folded ^ int.from_bytes(second + _FIRST_COUNTER + second + _SECOND_COUNTER, "big")
+        commitment = self._ecb.update(blocks.to_bytes(2 * _BLOCK_BYTES, "big"))
+        if not hmac.compare_digest(commitment, envelope[-COMMITMENT_BYTES:]) or plaintext is None:
             raise DecryptionFailedError
-        if known is None:
+        if not is_sealers:
             self._keep(subkey)
-        elif first in self._kept:
-            self._kept.move_to_end(first)
         return plaintext
 
     def wipe(self) -> None:
         """Free the contexts, which cleanse key and subkeys. The key cannot be used afterwards."""
         self._ecb = _Wiped()
-        self._k1 = 0
+        self._k1 = self._asked = 0
         self._kept.clear()
         self._sealer = None
 
     def __repr__(self) -> str:
         return "<CommittingKey>"
 
-    def _derived(self, first: bytes) -> _Subkey:
-        nonce = int.from_bytes(first, "big")
-        blocks = self._k1 * _TWICE ^ _KEY_LABELS ^ nonce * _TWICE
-        made = bytearray(_DERIVED_BYTES)
-        self._ecb.update_into(blocks.to_bytes(2 * _BLOCK_BYTES, "big") + _COMMITMENT_LABEL + first, made)
-        x1 = int.from_bytes(made[KEY_BYTES : KEY_BYTES + _BLOCK_BYTES], "big")
-        gcm = AESGCM(memoryview(made)[:KEY_BYTES])
-        made[:] = bytes(_DERIVED_BYTES)
-        return _Subkey(first, gcm, (self._k1 ^ x1) * _TWICE)
+    def _derived(self, front: bytes) -> _Subkey:
+        made = bytearray(_WORK_BYTES)
+        asked = self._asked ^ int.from_bytes(front[2:], "big") * _THRICE
+        self._ecb.update_into(asked.to_bytes(_DERIVED_BYTES, "big"), made)
+        key = made[:KEY_BYTES]
+        gcm = AESGCM(key)
+        folded = (self._k1 ^ int.from_bytes(made[KEY_BYTES:_DERIVED_BYTES], "big")) * _TWICE
+        made[:], key[:] = _NOTHING, _NO_KEY
+        return _Subkey(front, gcm, folded)
 
-    def _sealed(self, subkey: _Subkey, second: bytes, plaintext: Buffer, aad: Buffer, prefix: bytes) -> bytes:
-        body = subkey.gcm.encrypt(second, plaintext, aad)
-        return prefix + COMMITTING_PREFIX + subkey.first + second + body + self._commitment(subkey, second)
-
-    def _commitment(self, subkey: _Subkey, second: bytes) -> bytes:
+    def _sealed(self, subkey: _Subkey, second: bytes, plaintext: Buffer, aad: Buffer) -> bytes:
         blocks = subkey.folded ^ int.from_bytes(second + _FIRST_COUNTER + second + _SECOND_COUNTER, "big")
-        return self._ecb.update(blocks.to_bytes(2 * _BLOCK_BYTES, "big"))
+        commitment = self._ecb.update(blocks.to_bytes(2 * _BLOCK_BYTES, "big"))
+        return subkey.front + second + subkey.gcm.encrypt(second, plaintext, aad) + commitment
 
     def _keep(self, subkey: _Subkey) -> None:
-        self._kept[subkey.first] = subkey
-        if len(self._kept) > MAX_SUBKEYS_KEPT_PER_KEY:
-            self._kept.popitem(last=False)
-        _kept_by.append((ref(self), subkey.first))
-        if len(_kept_by) > MAX_SUBKEYS_KEPT:
-            keeper, first = _kept_by.popleft()
-            key = keeper()
-            if key is not None:
-                key._kept.pop(first, None)
+        kept, front = self._kept, subkey.front
+        if not kept:
+            _let_go_of_others(self)
+        elif front in kept:
+            del kept[front]
+        kept[front] = subkey
+        if len(kept) > MAX_SUBKEYS_KEPT_PER_KEY:
+            del kept[next(iter(kept))]
 
 
-_kept_by: Final[deque[tuple[ref[CommittingKey], bytes]]] = deque()
-"""Every subkey that was kept, and by whom, the oldest first, so that those of all keys together are bounded, too."""
+_NOTHING: Final = bytes(_WORK_BYTES)
+_NO_KEY: Final = bytes(KEY_BYTES)
+_keepers: Final[WeakKeyDictionary[CommittingKey, None]] = WeakKeyDictionary()
+"""The keys that may keep subkeys, in the order in which they began to."""
+
+
+def _let_go_of_others(key: CommittingKey) -> None:
+    """Let `key` keep subkeys, which another has to let go of where too many keep some."""
+    _keepers.pop(key, None)
+    _keepers[key] = None
+    if len(_keepers) > MAX_SUBKEYS_KEPT // MAX_SUBKEYS_KEPT_PER_KEY:
+        oldest = next(iter(_keepers))
+        del _keepers[oldest]
+        oldest._kept.clear()
 
 
 class ChunkSealer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from kms.core import ciphertext
-from kms.core.ciphertext import Ciphertext
+from kms.core.ciphertext import Ciphertext, Purpose
 from kms.core.derive import sub_key
 from kms.core.envelope import CommittingKey, EnvelopeKey
 from kms.core.secret import Secret
@@ -20,22 +20,30 @@ _LABEL: Final = "mini-kms/v3/kek/xaes-256-gcm-kc"
 class Kek:
     """A 256-bit key-encryption key. Its bytes live only in OpenSSL's contexts."""
 
-    __slots__ = ("_committing", "_earlier")
+    __slots__ = ("_committing", "_earlier", "_fronts")
 
     def __init__(self, key: Secret) -> None:
         """`key` is 32 bytes, which the caller should wipe."""
         self._earlier = EnvelopeKey(key)
         with sub_key(key, _LABEL) as derived:
             self._committing = CommittingKey(derived)
+        self._fronts: list[tuple[bytes, bytes] | None] = [None] * len(Purpose)
+        """For each purpose the header that was sealed under last, and its part of what is authenticated."""
 
-    def seal(self, plaintext: bytes, aad: bytes, header: bytes) -> bytes:
-        """A ciphertext 03 that begins with `header` (`kms.core.ciphertext.header`), to which it is bound."""
-        return self._committing.seal(plaintext, ciphertext.bound(header, aad), header)
+    def seal(self, plaintext: bytes, aad: bytes, purpose: Purpose, kek_id: bytes) -> bytes:
+        """A ciphertext 03 of the KEK of this id, which it is, to which and to `purpose` it is bound."""
+        front = self._fronts[purpose]
+        if front is None or not front[0].endswith(kek_id):
+            header = ciphertext.header(purpose, kek_id)
+            self._fronts[purpose] = front = (header, ciphertext.with_length(header))
+        header, bound = front
+        return self._committing.seal(plaintext, bound + ciphertext.with_length(aad), header)
 
     def open(self, sealed: Ciphertext, aad: bytes) -> bytes:
         """The plaintext; raises `DecryptionFailedError` whatever is wrong."""
-        if sealed.is_bound:
-            return self._committing.open(sealed.envelope, ciphertext.bound(sealed.header, aad))
+        header = sealed.header
+        if header[0] == ciphertext.FORMAT:
+            return self._committing.open(sealed.envelope, ciphertext.bound(header, aad))
         return self._earlier.open(sealed.envelope, aad)
 
     def wipe(self) -> None:

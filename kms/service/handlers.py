@@ -58,6 +58,8 @@ ControlHandler = Callable[[Any, Caller], Awaitable[Reply | LongReply]]
 _DECRYPT_OVERHEAD_BYTES = 128 + 4 * MAX_REQUEST_ID_CHARACTERS
 """The JSON around the values of a Decrypt request, base64's padding and a requestId, with room for spaces."""
 
+# Each time it is looked up in an enum it costs 0.2 us.
+_ENCRYPT, _DATA_KEY = Purpose.ENCRYPT, Purpose.DATA_KEY
 _HEALTHY = messages.DetailReply("ok")
 
 
@@ -112,12 +114,12 @@ class Handlers:
 
     def generate_data_key(self, request: messages.GenerateDataKey) -> Reply:
         plaintext = self._new_data_key()
-        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"", Purpose.DATA_KEY)
+        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"", _DATA_KEY)
         return messages.DataKeyReply(plaintext, wrapped)
 
     def encrypt(self, request: messages.Encrypt) -> Reply:
         aad = request.aad or b""
-        sealed = self._master_keys.seal(group_of(request.key_id), request.plaintext, aad, Purpose.ENCRYPT)
+        sealed = self._master_keys.seal(group_of(request.key_id), request.plaintext, aad, _ENCRYPT)
         if not self._is_returnable(sealed, aad, request):
             raise InvalidRequestError("plaintext: its ciphertext would be too large for a request; use a data key")
         return messages.CiphertextReply(sealed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from kms.core import ciphertext
 from kms.core.ciphertext import Ciphertext, Purpose
 from kms.core.kek import Kek
 from kms.core.names import NO_SUCH_GROUP
@@ -26,7 +25,7 @@ class LocalMasterKeyProvider:
             raise InvalidRequestError(NO_SUCH_GROUP)
         if not found.active.kek_id[0]:
             raise InvalidRequestError("keyId: no ciphertext can hold a name of more than 255 bytes; use another key group")
-        return found.active.key.seal(plaintext, aad, ciphertext.header(purpose, found.active.kek_id))
+        return found.active.key.seal(plaintext, aad, purpose, found.active.kek_id)
 
     def open(self, sealed: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
         """The plaintext; raises `DecryptionFailedError` whatever is wrong, also when its group is not `only_of`."""

@@ -143,11 +143,15 @@ class Usage:
     def count(self, kind: type[Request], request: Any, reply: Any, principal: Principal, began: float) -> None:
         """As `UsageCounter` has it. Spelled out for what is asked most: a method for each part would double its 0.25 us."""
         if kind is Encrypt:
-            kek = kek_id_of(reply.ciphertext)
+            blob = reply.ciphertext
+            start = blob[0] - 1
+            kek = blob[start : start + blob[start] + 9]
             tally = self._table.get(kek) or self._new(kek)
             tally.encrypted += 1
         elif kind is Decrypt:
-            kek = kek_id_of(request.ciphertext)
+            blob = request.ciphertext
+            start = blob[0] - 1
+            kek = blob[start : start + blob[start] + 9]
             tally = self._table.get(kek) or self._new(kek)
             tally.decrypted += 1
         elif kind is GenerateDataKey:

@@ -59,7 +59,7 @@ def _open_without_looking(self: CommittingKey, envelope: bytes, aad: bytes) -> b
 
 
 def _open_without_commitment(self: CommittingKey, envelope: bytes, aad: bytes) -> bytes:
-    key = self._derived(envelope[2:14])
+    key = self._derived(envelope[:14])
     try:
         return key.gcm.decrypt(envelope[14:26], envelope[26:-32], aad)
     except InvalidTag:
@@ -70,8 +70,8 @@ def _open_without_header(self: Kek, sealed: ciphertext.Ciphertext, aad: bytes) -
     return self._committing.open(sealed.envelope, aad) if sealed.is_bound else self._earlier.open(sealed.envelope, aad)
 
 
-def _seal_without_header(self: Kek, plaintext: bytes, aad: bytes, header: bytes) -> bytes:
-    return self._committing.seal(plaintext, aad, header)
+def _seal_without_header(self: Kek, plaintext: bytes, aad: bytes, purpose: ciphertext.Purpose, kek_id: bytes) -> bytes:
+    return self._committing.seal(plaintext, aad, ciphertext.header(purpose, kek_id))
 
 
 def _put_in_both() -> None:

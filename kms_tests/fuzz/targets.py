@@ -146,7 +146,7 @@ def _made_world() -> World:
             assert version.key is not None
             plaintext = f"plaintext of {group.key_id} v{version.version}".encode()
             for purpose in Purpose:
-                opens[version.key.seal(plaintext, AAD, ciphertexts.header(purpose, version.kek_id))] = plaintext
+                opens[version.key.seal(plaintext, AAD, purpose, version.kek_id)] = plaintext
             old = earlier[group.key_id, version.version]
             opens[old.seal(plaintext, AAD, ciphertexts.earlier_header(version.kek_id))] = plaintext
     shut = [blob for blob in opens if ciphertexts.parse(blob)[:2] in (("billing", 1), ("billing", 2))]
