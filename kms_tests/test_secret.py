@@ -69,3 +69,10 @@ def test_it_is_not_pickled() -> None:
 def test_it_is_not_copied() -> None:
     with pytest.raises(TypeError):
         copy.deepcopy(Secret(bytearray(b"key")))
+
+
+def test_two_are_the_same_when_their_bytes_are() -> None:
+    one = Secret(bytearray(b"hunter2"))
+    assert one.is_same(Secret(bytearray(b"hunter2")))
+    assert not one.is_same(Secret(bytearray(b"hunter3")))
+    assert not one.is_same(Secret(bytearray(b"hunter")))

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import os
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
+from kms.host import streams
 from kms.host.streams import fill, standard_input
 
 
@@ -57,3 +60,16 @@ def test_standard_input_is_the_unbuffered_stream(monkeypatch: pytest.MonkeyPatch
     with io.TextIOWrapper(io.BufferedReader(io.FileIO(os.devnull))) as stdin:
         monkeypatch.setattr(sys, "stdin", stdin)
         assert standard_input() is stdin.buffer.raw
+
+
+def test_a_pipe_holds_a_megabyte_where_it_may_and_nothing_else_is_touched(tmp_path: Path) -> None:
+    read_end, write_end = os.pipe()
+    with os.fdopen(write_end, "wb", buffering=0) as pipe:
+        streams.widen(pipe)
+        assert fcntl.fcntl(read_end, fcntl.F_GETPIPE_SZ) == 1 << 20
+    os.close(read_end)
+    streams.widen(io.BytesIO())
+    streams.widen(object())
+    with (tmp_path / "file").open("wb") as file:
+        streams.widen(file)
+    streams.widen(file)

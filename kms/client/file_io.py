@@ -47,6 +47,7 @@ class Reader:
         self._stream = stream
         self.name = name
         self.progress = progress
+        streams.widen(stream)
 
     def fill(self, buffer: memoryview) -> int:
         """Fill `buffer` from its start; returns how many bytes, fewer than its length only at the end."""
@@ -75,6 +76,7 @@ class StreamWriter:
     def __init__(self, stream: BinaryIO, name: str) -> None:
         self._stream = stream
         self._name = name
+        streams.widen(stream)
 
     def write(self, data: bytes | memoryview) -> None:
         with translated(f"cannot write {self._name}"):
