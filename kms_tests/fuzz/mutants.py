@@ -104,9 +104,9 @@ MUTANTS: Final = {
         "ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_looking)
     ),
     "a ciphertext whose commitment is not verified": Mutant(
-        "ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_commitment)
+        "edited-ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_commitment)
     ),
-    "a ciphertext whose header is not authenticated": Mutant("ciphertext", "ForgedError", _put_in_both),
+    "a ciphertext whose header is not authenticated": Mutant("edited-ciphertext", "ForgedError", _put_in_both),
     "a stream whose tag is not verified": Mutant(
         "container", "ForgedError", _replacing(StreamOpener, "finish", lambda _self, _tag: None)
     ),

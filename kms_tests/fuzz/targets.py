@@ -247,6 +247,19 @@ def check_ciphertext(data: bytes) -> None:
             _require(answer.startswith(b'{"status":"ok","' + wanted), f"a ciphertext that was made is refused: {answer!r}")
 
 
+def check_edited_ciphertext(data: bytes) -> None:
+    """The same for a ciphertext that was made, with edits: which one, then where, and which bits, of each.
+
+    By chance nearly all that is made of one is altered in several places, of which any makes it fail.
+    """
+    which, *edits = data or b"\0"
+    made = list(world().ciphertexts)
+    blob = bytearray(made[which % len(made)])
+    for at, bits in zip(edits[::2], edits[1::2], strict=False):
+        blob[at % len(blob)] ^= bits
+    check_ciphertext(bytes(blob))
+
+
 class _LocalClient:
     """What the file functions need of a client, without a server."""
 
@@ -657,6 +670,7 @@ TARGETS: Final = {
     "long-line": Target(check_long_line, lambda: list(LONG_LINES), 1 << 8),
     "request": Target(check_request, lambda: [*_REQUESTS, *map(decrypt_line, _ciphertext_seeds())], 1 << 12),
     "ciphertext": Target(check_ciphertext, _ciphertext_seeds, 1 << 9),
+    "edited-ciphertext": Target(check_edited_ciphertext, lambda: [b"\0", b"\1\2\3", bytes(9)], 1 << 4),
     "container": Target(check_container, lambda: list(containers()), 1 << 11),
     "reencrypt": Target(check_reencrypt, lambda: [*containers(), *world().ciphertexts], 1 << 11),
     "keystore-3": Target(check_keystore3, lambda: [encode3()], 1 << 12),
