@@ -101,7 +101,7 @@ MUTANTS: Final = {
         "ciphertext", "ForgedError", _replacing(EnvelopeKey, "open", _open_without_tag)
     ),
     "a ciphertext of which neither tag nor commitment is verified": Mutant(
-        "ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_looking)
+        "edited-ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_looking)
     ),
     "a ciphertext whose commitment is not verified": Mutant(
         "edited-ciphertext", "ForgedError", _replacing(CommittingKey, "open", _open_without_commitment)
