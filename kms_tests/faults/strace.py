@@ -155,6 +155,8 @@ def read(log: Path) -> list[Call]:
         if _RESUMED.match(text):
             text = begun.pop(thread) + _RESUMED.sub("", text)
         if text.startswith("+++ exited with "):
+            # strace says so of each thread; the process ends with its last.
+            calls = [call for call in calls if call.name != "exit"]
             calls.append(Call(thread, "exit", (), int(text.split()[3])))
         elif not text.startswith(("+++", "---")):
             calls.append(_parse(thread, text))
