@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import re
-from difflib import get_close_matches
 from typing import Final
 
 import rich_click as click
 
-_SIMILAR: Final = 0.6
+from kms.cli.words import closest
+
 _UNKNOWN: Final = re.compile(r"no such (option|command):? '?([^' ]+?)'?(?:[. (].*)?", re.DOTALL)
 _GUESS: Final = re.compile(r"[. ]*\(?Did you mean.*", re.DOTALL)
 
@@ -44,8 +44,10 @@ def _nearest(typed: str, context: click.Context) -> str | None:
     """Of those that the command has, the option or command that is most like what was typed; None where none is."""
     command = context.command
     if typed.startswith("-"):
-        known = [name for parameter in command.get_params(context) for name in (*parameter.opts, *parameter.secondary_opts)]
+        options = [
+            name for parameter in command.get_params(context) for name in (*parameter.opts, *parameter.secondary_opts)
+        ]
+        known = [name for name in options if name.startswith("--")]
     else:
         known = command.list_commands(context) if isinstance(command, click.Group) else []
-    found = get_close_matches(typed, [name for name in known if name.startswith("--") or typed[:1] != "-"], 1, _SIMILAR)
-    return found[0] if found else None
+    return closest(typed, known)

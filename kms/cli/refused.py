@@ -9,10 +9,10 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Iterator
-from difflib import get_close_matches
 from itertools import islice
 from typing import TYPE_CHECKING, Final
 
+from kms.cli.words import closest
 from kms.core.names import NO_SUCH_GROUP, NO_SUCH_VERSION, shown
 from kms.errors import InvalidRequestError, KmsError
 from kms.limits import DEFAULT_KEY_GROUP
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _MOST_NAMES: Final = 10_000
 """Compared in a tenth of a second."""
-_SIMILAR: Final = 0.6
 
 _COMPLAINT: Final = re.compile(r"(\w+): (.+)")
 _SENTENCE: Final = re.compile(r"(?:it|the key group) ((?:is|has|exists)\b.*)")
@@ -79,5 +78,5 @@ def _nearest(connect: Callable[[], KmsClient], name: str) -> str | None:
         # Who may not see the list gets the refusal as it is.
         return None
     by_case = {one.casefold(): one for one in names}
-    found = get_close_matches(name.casefold(), by_case, n=1, cutoff=_SIMILAR)
-    return by_case[found[0]] if found else None
+    found = closest(name.casefold(), by_case)
+    return None if found is None else by_case[found]

@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import os
 import textwrap
+from collections.abc import Iterable
+from difflib import get_close_matches
 from typing import Final
 
 _NARROWEST: Final = 20
 _INDENT: Final = 2
+_SIMILAR: Final = 0.6
 
 
 def one_line(text: str) -> str:
     """`text` with whatever is not printable escaped: it can neither add a line nor speak to the terminal."""
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
+
+
+def closest(typed: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is most like what was typed; None where none is like it."""
+    found = get_close_matches(typed, list(names), n=1, cutoff=_SIMILAR)
+    return found[0] if found else None
 
 
 def fitted(line: str, descriptor: int, indent: int | None = None) -> str:
