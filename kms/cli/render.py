@@ -20,6 +20,8 @@ from kms.core.names import without_surrogates
 from kms.core.spans import exact_length, length
 
 if TYPE_CHECKING:
+    from rich.progress import Progress, ProgressColumn
+
     from kms.cli.options import Settings
     from kms.core.usage import TimedDisable, VersionUsage
     from kms.wire.messages import KeyGroupView
@@ -180,22 +182,10 @@ def progress(source: Path | None, target: Path | None) -> Iterator[Callable[[int
     if not is_terminal(sys.stderr) or (target is None and is_terminal(sys.stdout)):
         yield None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+    from rich.progress import DownloadColumn, TransferSpeedColumn
 
-    bar = Progress(
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(binary_units=True),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-        transient=True,
-        redirect_stdout=False,
-        redirect_stderr=False,
-    )
     total = source.stat().st_size if source is not None and source.is_file() else None
-    with bar:
+    with _bar(DownloadColumn(binary_units=True), TransferSpeedColumn()) as bar:
         task = bar.add_task(one_line(source.name) if source is not None else "standard input", total=total)
         yield lambda read: bar.advance(task, read)
 
@@ -206,22 +196,28 @@ def counting(what: str, total: int) -> Iterator[Callable[[], None]]:
     if not is_terminal(sys.stderr):
         yield lambda: None
         return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import MofNCompleteColumn
 
-    bar = Progress(
+    with _bar(MofNCompleteColumn()) as bar:
+        task = bar.add_task(what, total=total)
+        yield lambda: bar.advance(task)
+
+
+def _bar(*figures: ProgressColumn) -> Progress:
+    """A bar on standard error that is gone in the end, with `figures` beside it."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+    return Progress(
         TextColumn("{task.description}", markup=False),
         BarColumn(),
-        MofNCompleteColumn(),
+        *figures,
         TimeRemainingColumn(),
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=False,
         redirect_stderr=False,
     )
-    with bar:
-        task = bar.add_task(what, total=total)
-        yield lambda: bar.advance(task)
 
 
 def is_terminal(stream: Any) -> bool:
