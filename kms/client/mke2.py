@@ -85,7 +85,7 @@ def reencrypt(
     for one in header.recipients:
         new = one
         if one in chosen:
-            new = _new_recipient(client.reencrypt(one.wrapped, key_id, aad, source_key_id=one.group))
+            new = _wrapped_anew(client, one, key_id, aad)
         # Two versions of a group come to be one.
         moved.setdefault((new.group, new.version), new)
     _rewritten(header, list(moved.values()), reader, target)
@@ -96,11 +96,7 @@ def add_recipient(
 ) -> None:
     """Let the file be opened under the active version of the group `key_id`, too."""
     header = mke2.read_header(reader.take)
-
-    def wrapped_anew(one: Recipient) -> Recipient:
-        return _new_recipient(client.reencrypt(one.wrapped, key_id, aad, source_key_id=one.group))
-
-    new = _first(header.recipients, source_key_id, wrapped_anew)
+    new = _first(header.recipients, source_key_id, lambda one: _wrapped_anew(client, one, key_id, aad))
     others = [one for one in header.recipients if (one.group, one.version) != (new.group, new.version)]
     _rewritten(header, [*others, new], reader, target)
 
@@ -161,6 +157,11 @@ def _opener(header: Header, key: Secret, aad: bytes) -> ChunkOpener:
             return ChunkOpener(chunk_key)
     except DecryptionFailedError:
         raise AlteredFileError from None
+
+
+def _wrapped_anew(client: FileClient, one: Recipient, key_id: str, aad: bytes) -> Recipient:
+    """The same data key under the active version of the group `key_id`."""
+    return _new_recipient(client.reencrypt(one.wrapped, key_id, aad, source_key_id=one.group))
 
 
 def _new_recipient(wrapped: bytes) -> Recipient:
