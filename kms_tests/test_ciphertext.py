@@ -9,10 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kms.core import ciphertext
-from kms.core.ciphertext import Ciphertext, Purpose, earlier_header, header, kek_id
+from kms.core.ciphertext import Ciphertext, Purpose, header, kek_id
 from kms.core.envelope import COMMITTING_PREFIX, PREFIX
 from kms.errors import DecryptionFailedError
 from kms.limits import MAX_VERSION
+from kms_tests.keks import earlier_header
 from kms_tests.strategies import stored_names, versions
 
 PLAIN = PREFIX + bytes(28)

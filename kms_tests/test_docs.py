@@ -21,6 +21,7 @@ from kms.core.kek import Kek
 from kms.core.secret import Secret
 from kms.errors import WireError
 from kms.server.config import ENVIRONMENT
+from kms_tests.keks import earlier_header
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -134,7 +135,7 @@ def test_the_worked_example_of_an_earlier_ciphertext_comes_out_as_it_is_shown() 
     fields = example("Ciphertext 02")
     with Secret(bytearray(fields["kek"])) as secret:
         envelope = EnvelopeKey(secret).seal_with_nonce(fields["nonce"], fields["plaintext"], fields["aad"])
-    assert fields["ciphertext"] == ciphertext.earlier_header(ciphertext.kek_id("billing", 1)) + envelope
+    assert fields["ciphertext"] == earlier_header(ciphertext.kek_id("billing", 1)) + envelope
 
 
 def test_the_worked_example_of_a_file_comes_out_as_it_is_shown() -> None:

@@ -11,7 +11,7 @@ from kms.core.envelope import CommittingKey, EnvelopeKey
 from kms.core.kek import Kek
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError
-from kms_tests.keks import opened, sealed, sealed_earlier
+from kms_tests.keks import earlier_header, opened, sealed, sealed_earlier
 
 BYTES = bytes(range(32))
 
@@ -36,7 +36,7 @@ def test_neither_kind_opens_as_the_other_whatever_is_written_in_front() -> None:
     kek_id = ciphertext.kek_id("billing", 1)
     new = ciphertext.parse(sealed(kek, bytes(40))).envelope
     for blob in (
-        ciphertext.earlier_header(kek_id) + b"\x01\x01" + new[2:],
+        earlier_header(kek_id) + b"\x01\x01" + new[2:],
         ciphertext.header(Purpose.ENCRYPT, kek_id) + b"\x01\x02" + sealed_earlier(key, bytes(99))[19:],
     ):
         with pytest.raises(DecryptionFailedError):

@@ -17,6 +17,7 @@ from kms.core.ciphertext import Purpose
 from kms.core.kek import Kek
 from kms.limits import MAX_FRAME_BYTES
 from kms_tests.in_memory import ADMIN, API, PEER, Server, finish, text
+from kms_tests.keks import earlier_header
 
 FAILED = {"status": "error", "errorCode": "DecryptionFailed", "message": "decryption failed"}
 
@@ -73,7 +74,7 @@ def test_what_a_ciphertext_was_made_for_stays_with_it_wherever_it_is_moved(serve
     key = server.manager.current.groups["default"].active.key
     assert key is not None
     with unittest.mock.patch.object(Kek, "open", return_value=b"opened"):
-        header = ciphertext.earlier_header(ciphertext.kek_id("default", 1))
+        header = earlier_header(ciphertext.kek_id("default", 1))
         moved = server.ask("ReEncrypt", ciphertext=text(header + b"\x01\x01" + bytes(40)))["ciphertext"]
     assert [purpose_of(blob) for blob in (sealed, wrapped, moved)] == [Purpose.ENCRYPT, Purpose.DATA_KEY, Purpose.UNKNOWN]
     for blob in (sealed, wrapped, moved):
@@ -95,7 +96,7 @@ def test_an_earlier_ciphertext_that_would_grow_too_long_is_refused_with_that_rea
             assert reply["message"] == "plaintext: its ciphertext would be too large for a request; use a data key"
             break
         longest = size
-    earlier = ciphertext.earlier_header(ciphertext.kek_id("default", 1)) + b"\x01\x01" + bytes(28 + longest + 20)
+    earlier = earlier_header(ciphertext.kek_id("default", 1)) + b"\x01\x01" + bytes(28 + longest + 20)
     with unittest.mock.patch.object(Kek, "open", return_value=bytes(longest + 20)):
         reply = server.ask("ReEncrypt", ciphertext=text(earlier))
     assert reply["message"] == "ciphertext: re-encrypted it would be too large for a request; decrypt it instead"

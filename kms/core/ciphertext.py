@@ -88,11 +88,6 @@ def header(purpose: Purpose, kek: bytes) -> bytes:
     return _BEGINNINGS[purpose] + kek
 
 
-def earlier_header(kek: bytes) -> bytes:
-    """What a ciphertext 02 begins with; the plain envelope follows it."""
-    return _EARLIER + kek
-
-
 def bound(header: bytes, aad: bytes) -> bytes:
     """What a committing envelope authenticates: its ciphertext's header and the caller's AAD, each after its length."""
     return with_length(header) + with_length(aad)

@@ -65,6 +65,7 @@ from kms.wire import messages
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
 from kms_tests import format2
+from kms_tests.keks import earlier_header
 from kms_tests.test_principals import EXAMPLE as PRINCIPALS
 
 API, ADMIN = "api-token", "an admin token that no input has"
@@ -148,7 +149,7 @@ def _made_world() -> World:
             for purpose in Purpose:
                 opens[version.key.seal(plaintext, AAD, purpose, version.kek_id)] = plaintext
             old = earlier[group.key_id, version.version]
-            opens[old.seal(plaintext, AAD, ciphertexts.earlier_header(version.kek_id))] = plaintext
+            opens[old.seal(plaintext, AAD, earlier_header(version.kek_id))] = plaintext
     shut = [blob for blob in opens if ciphertexts.parse(blob)[:2] in (("billing", 1), ("billing", 2))]
     for change in (DestroyVersion("billing", 1), DisableVersion("billing", 2)):
         holder.current = keyring = apply(keyring, change, now=1_700_000_001, mint=mint)

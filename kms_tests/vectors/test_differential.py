@@ -101,7 +101,7 @@ def test_both_make_the_same_ciphertext_and_take_each_others_apart(
     group: str, version: int, key: bytes, nonce: bytes, plaintext: bytes, aad: bytes
 ) -> None:
     theirs = independent.ciphertext(group, version, independent.seal(key, nonce, plaintext, aad))
-    ours = ciphertext.earlier_header(ciphertext.kek_id(group, version)) + _key(key).seal_with_nonce(nonce, plaintext, aad)
+    ours = keks.earlier_header(ciphertext.kek_id(group, version)) + _key(key).seal_with_nonce(nonce, plaintext, aad)
     assert ours == theirs
     assert ciphertext.parse(theirs)[:3] == independent.take_apart(ours)
 
