@@ -19,6 +19,7 @@ from kms.server.config import Places
 
 if TYPE_CHECKING:
     from kms.core.audit_verifier import Verifier
+
 _ON_NO_GROUP: Final = OF_SERVER | {Operation.HEALTH}
 
 

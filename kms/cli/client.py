@@ -196,7 +196,7 @@ def encrypt_file(
 @force_option
 @click.pass_obj
 def decrypt_file(settings: Settings, source: str, target: str, from_key: str | None, aad: bytes, *, force: bool) -> None:
-    """Decrypt a file of encrypt-file; the output appears only when all of it has proved authentic."""
+    """Decrypt a file of encrypt-file. A file appears only when all has proved authentic; a pipe gets what has so far."""
     begin = origin(settings, source, target)
     with (
         connected(settings, API, source) as (client, _),

@@ -78,12 +78,13 @@ def obtain_secrets(
 
 
 def _token(wanted: Wanted, path: Path, say: Say, *, is_made: bool) -> Secret:
-    if wanted.is_asked_for and is_made:
+    if not wanted.is_asked_for:
+        return obtain(wanted)
+    if is_made:
         make_token(path)
         say(f"made an {wanted.name} in {path}")
         return secret_input.read_token(path)
-    if wanted.is_asked_for:
-        say(f"there is no {wanted.name} in {path}: type the one that clients are to show. It is not kept")
+    say(f"there is no {wanted.name} in {path}: type the one that clients are to show. It is not kept")
     return obtain(wanted)
 
 

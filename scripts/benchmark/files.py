@@ -21,15 +21,12 @@ from scripts.benchmark.processes import MIB, Bench, BenchmarkError, spread
 
 PIECE: Final = 1 << 20
 _COMMAND_SECONDS: Final = 600.0
-
-
 FILE_RATIOS: Final = {
     "kms-client encrypt-file": 1.1,
     "kms-client decrypt-file": 1.3,
     "kms-client decrypt-file, pipe to pipe": 1.2,
 }
 """The least ratio to age's throughput."""
-_PIPES: Final = ("--in", "-", "--out", "-")
 
 
 class FileRate(msgspec.Struct, frozen=True, rename="camel"):
