@@ -181,7 +181,8 @@ class _Outcome:
     changed: int = 0
     unchanged: int = 0
     foreign: int = 0
-    failed: list[Path] = field(default_factory=list)
+    failed: dict[Path, str] = field(default_factory=dict)
+    """And why."""
 
 
 def _all(settings: Settings, found: Sequence[tuple[Path, bool]], change: Change, rewrap: Rewrap) -> int:
@@ -193,9 +194,13 @@ def _all(settings: Settings, found: Sequence[tuple[Path, bool]], change: Change,
         if outcome.changed:
             render.remark(f"{_files_in_words(outcome.changed)} {change.done} before it stopped; run it again to go on")
         raise
+    finally:
+        # Not before: in the middle of the bar nobody could read it.
+        for path, why in outcome.failed.items():
+            render.remark(f"{path}: {why}")
     if settings.json:
         render.document(
-            changed=outcome.changed, unchanged=outcome.unchanged, foreign=outcome.foreign, failed=outcome.failed
+            changed=outcome.changed, unchanged=outcome.unchanged, foreign=outcome.foreign, failed=list(outcome.failed)
         )
     else:
         told = [f"{_files_in_words(outcome.changed)} {change.done}"]
@@ -235,8 +240,7 @@ def _each(
                 after = files.keks_of(path) or []
                 active = next((version for group, version in after if group == change.group), active)
         except _OF_ONE_FILE as error:
-            render.remark(f"{path}: {error}")
-            outcome.failed.append(path)
+            outcome.failed[path] = str(error)
         count()
 
 
