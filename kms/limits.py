@@ -48,7 +48,7 @@ ACCEPT_BACKLOG: Final = 512
 GROUP_COMMIT_MAX: Final = 256
 """Mutations that share one save. As many as there are connections by default, so that no one waits for two saves."""
 MAX_KEY_GROUPS: Final = 100_000
-"""A keyring lives in memory and is written whole at each save."""
+"""A keyring lives in memory, and now and then it is written whole."""
 MAX_VERSIONS_PER_GROUP: Final = 10_000
 
 MAX_LIST_LIMIT: Final = 1000
@@ -103,6 +103,7 @@ MIN_PASSPHRASE_CHARACTERS: Final = 8
 TOKEN_BYTES: Final = 32
 """Entropy of a token made by `kms-admin init`."""
 KEY_BYTES: Final = 32
+UUID_BYTES: Final = 16
 """AES-256: root key, KEK and DEK."""
 
 # Principals. What a person writes is far below these; a file above them is not one that a person wrote.
@@ -171,7 +172,12 @@ KDF_PARALLELISM_RANGE: Final = (1, 64)
 KDF_SALT_BYTES: Final = 16
 MAX_KEYSTORE_BYTES: Final = 1 << 30
 MAX_KEPT_KEYSTORES: Final = 10
-"""Format 2 files of different keystores that are kept beside one; more are an accident that somebody should look at."""
+"""Files of one earlier format that are kept beside a keystore; more are an accident that somebody should look at."""
+JOURNAL_FROM_BYTES: Final = 1 << 16
+"""A keystore that is smaller has no journal: to write it whole takes no longer than one change, and it stays one file."""
+MIN_FOLD_BYTES: Final = 1 << 20
+"""A journal that is shorter than this, or than its keystore, is not folded into it yet."""
+MAX_JOURNAL_BYTES: Final = MAX_KEYSTORE_BYTES + MIN_FOLD_BYTES
 
 # Envelopes and files.
 

@@ -11,7 +11,6 @@ from typing import Any, Final
 import pytest
 
 from kms.core.audit import AuditKeys
-from kms.core.kek import Kek
 from kms.core.keyring import (
     EMPTY,
     Command,
@@ -21,7 +20,8 @@ from kms.core.keyring import (
     EnableVersion,
     KeyGroup,
     Keyring,
-    NewKek,
+    KeySlot,
+    NewKey,
     RotateGroup,
     apply,
 )
@@ -43,9 +43,9 @@ API, ADMIN = "api-token-canary", "admin-token-canary"
 PEER = Peer(3, "unix")
 
 
-def mint(group: str, version: int) -> NewKek:
+def mint(slot: KeySlot) -> NewKey:
     with random_key() as key:
-        return NewKek(Kek(key), b"wrapped")
+        return NewKey(slot.spec.load(key), b"wrapped")
 
 
 class Manager:

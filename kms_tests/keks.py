@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+
 from kms.core import ciphertext
 from kms.core.ciphertext import Purpose
 from kms.core.envelope import COMMITTING_PREFIX, EnvelopeKey
 from kms.core.kek import Kek
+from kms.core.keyring import KeyGroup, KeySlot, KeyVersion, VersionStatus
+from kms.core.specs import AES_256, KeySpec
 
 
 def sealed(
@@ -24,6 +28,19 @@ def sealed(
 def opened(kek: Kek, blob: bytes, aad: bytes = b"") -> bytes:
     """The plaintext of a ciphertext 02 or 03."""
     return kek.open(ciphertext.parse(blob), aad)
+
+
+def group_of(
+    name: str, versions: dict[int, KeyVersion], *, created_at: int = 0, uuid: bytes | None = None, spec: KeySpec = AES_256
+) -> KeyGroup:
+    """A key group whose versions are made already."""
+    active = next(version for version in versions.values() if version.status is VersionStatus.ACTIVE)
+    return KeyGroup(name, uuid or os.urandom(16), spec, spec.uses[0], created_at, active, versions)
+
+
+def slot(group: str = "default", version: int = 1, uuid: bytes = bytes(16), spec: KeySpec = AES_256) -> KeySlot:
+    """Where a key belongs, of a group that has no random UUID."""
+    return KeySlot(group, uuid, spec, version)
 
 
 def earlier_header(kek_id: bytes) -> bytes:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import pytest
@@ -11,7 +11,7 @@ import trio
 import trio.testing
 
 from kms.core.kek import Kek
-from kms.core.keyring import EMPTY, Keyring, NewKek, VersionStatus
+from kms.core.keyring import EMPTY, KeyGroup, Keyring, KeySlot, NewKey, VersionStatus
 from kms.core.secret import Secret
 from kms.errors import (
     DecryptionFailedError,
@@ -35,18 +35,25 @@ class Store:
         self.gate = threading.Event()
         self.gate.set()
         self.saving = threading.Event()
+        self.is_settled = False
 
-    def mint(self, group: str, version: int) -> NewKek:
+    def mint(self, slot: KeySlot) -> NewKey:
         key = Kek(Secret(bytearray(32)))
         self.minted.append(key)
-        return NewKek(key, b"wrapped")
+        return NewKey(key, b"wrapped")
 
-    def save(self, keyring: Keyring) -> None:
+    def commit(self, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
         self.saving.set()
         assert self.gate.wait(10)
         if self.failure is not None:
             raise self.failure
-        self.saved.append(keyring)
+        before = self.saved[-1] if self.saved else EMPTY
+        assert before.generation == expected_generation
+        groups = {**before.groups, **{group.key_id: group for group in changed}}
+        self.saved.append(Keyring(expected_generation + 1, groups))
+
+    def settle(self) -> None:
+        self.is_settled = True
 
 
 def permitted() -> None:
@@ -70,7 +77,7 @@ async def test_a_mutation_is_published_and_answered_after_its_save() -> None:
     store = Store()
     async with running(store) as actor:
         group = await actor.create_group("a", permitted)
-        assert actor.current is store.saved[-1]
+        assert actor.current == store.saved[-1]
         assert actor.current.groups["a"] is group
         assert (group.created_at, actor.current.generation) == (7, 1)
 

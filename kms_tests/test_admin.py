@@ -23,7 +23,7 @@ from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
 from kms.errors import SaveFailedError, SaveOutcomeUnknownError, UnauthorizedError
 from kms.storage import file
 from kms.storage.audit_log import AuditLog
-from kms.storage.file import KeystoreLock
+from kms.storage.lock import KeystoreLock
 from kms.wire.messages import KeyGroupView, VersionState, VersionView
 from kms_tests.audit_logs import operation
 

@@ -21,10 +21,12 @@ from kms.storage import file
 from kms.storage.audit_check import verify
 from kms.storage.audit_head import head_path
 from kms.storage.audit_log import AuditLog
-from kms.storage.file import AuditReader, KeystoreLock
-from kms_tests import format2
+from kms.storage.audit_reader import AuditReader
+from kms.storage.lock import KeystoreLock
+from kms_tests import java_keystore
 from kms_tests.audit_logs import lines, operation, told
-from kms_tests.format2 import Group, Version
+from kms_tests.commits import commit
+from kms_tests.java_keystore import Group, Version
 
 NOW = 1_700_000_000
 
@@ -53,7 +55,7 @@ class Install:
                 log.write([operation(number) for number in range(requests)])
                 for _ in range(rotations):
                     keyring = apply(keyring, RotateGroup("default"), now=NOW, mint=keystore.mint).next_generation()
-                    keystore.save(keyring)
+                    commit(keystore, keyring)
                     log.generation = keyring.generation
                     log.write([operation(9, "RotateKeyGroup")])
 
@@ -249,7 +251,7 @@ def test_only_files_that_can_be_read_twice_are_verified(install: Install, data: 
 
 def test_a_keystore_of_format_2_has_an_audit_log_too(data: Path, tiny: KdfParameters) -> None:
     install = Install(data, tiny)
-    install.keystore.write_bytes(format2.write([Group("default", 1, [Version(1, "ACTIVE")])], "one"))
+    install.keystore.write_bytes(java_keystore.write([Group("default", 1, [Version(1, "ACTIVE")])], "one"))
     install.serve()
     assert (install.verify().count, install.verify().generation) == (0, 0)
     install.change_passphrase(b"two")
@@ -278,7 +280,10 @@ def test_a_long_log_or_line_takes_no_more_memory_than_a_short_one(install: Insta
 
 def test_the_keystore_has_to_be_authentic_before_its_keys_are_used(data: Path, tiny: KdfParameters) -> None:
     install = Install(data, tiny)
-    for keystore in (install.keystore.read_bytes(), format2.write([Group("default", 1, [Version(1, "ACTIVE")])], "one")):
+    for keystore in (
+        install.keystore.read_bytes(),
+        java_keystore.write([Group("default", 1, [Version(1, "ACTIVE")])], "one"),
+    ):
         install.keystore.write_bytes(keystore)
         AuditReader(install.keystore, _secret(b"one"))
         with pytest.raises(WrongPassphraseError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import trio
 from trio.testing import MockClock
 
 from kms.core.audit import AuditKeys, OperationRecord
-from kms.core.keyring import EMPTY, Keyring, Mint
+from kms.core.keyring import KeyGroup, Mint
 from kms.core.secret import Secret
 from kms.errors import FileAccessError, UnavailableError
 from kms.server.config import resolve
@@ -167,23 +167,27 @@ class Store:
         self.keeper = keeper
         self.saved: list[tuple[int, int | None]] = []
         self.fault: Exception | None = None
+        self.is_settled = False
 
     @property
     def mint(self) -> Mint:
         return mint
 
-    def save(self, keyring: Keyring) -> None:
+    def commit(self, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
         if self.fault is not None:
             raise self.fault
         log = self.keeper.log
-        self.saved.append((keyring.generation, None if log is None else log.unsynced))
+        self.saved.append((expected_generation, None if log is None else log.unsynced))
+
+    def settle(self) -> None:
+        self.is_settled = True
 
 
 def test_nothing_is_saved_before_what_was_begun_is_durable(keeper: AuditKeeper) -> None:
     store = Store(keeper)
     write(keeper)
-    AuditedStore(store, keeper).save(Keyring(2, {}))
-    assert store.saved == [(2, 0)]
+    AuditedStore(store, keeper).commit(1, ())
+    assert store.saved == [(1, 0)]
 
 
 def test_nothing_is_saved_when_the_record_cannot_be_made_durable(
@@ -197,7 +201,7 @@ def test_nothing_is_saved_when_the_record_cannot_be_made_durable(
     with monkeypatch.context() as broken:
         broken.setattr(os, "fsync", fail)
         with pytest.raises(UnavailableError):
-            AuditedStore(store, keeper).save(Keyring(2, {}))
+            AuditedStore(store, keeper).commit(1, ())
     assert store.saved == []
 
 
@@ -208,15 +212,17 @@ def test_records_name_the_generation_that_is_on_disk(keeper: AuditKeeper) -> Non
     assert audited.mint is mint
     store.fault = FileAccessError("no")
     with pytest.raises(FileAccessError):
-        audited.save(Keyring(2, {}))
+        audited.commit(1, ())
     assert keeper.log.generation == 1
     store.fault = None
-    audited.save(Keyring(2, {}))
+    audited.commit(1, ())
     assert keeper.log.generation == 2
 
 
 def test_without_a_log_a_store_is_just_a_store(data: Path) -> None:
     keeper = AuditKeeper(settings_of(data), AuditKeys(Secret(bytearray(64))))
     store = Store(keeper)
-    AuditedStore(store, keeper).save(EMPTY)
+    AuditedStore(store, keeper).commit(0, ())
     assert store.saved == [(0, None)]
+    AuditedStore(store, keeper).settle()
+    assert store.is_settled

@@ -28,7 +28,7 @@ from kms.errors import (
 from kms.host import durable, hardening
 from kms.server import daemon
 from kms.server.config import ServerConfig, resolve
-from kms.storage.file import KeystoreLock
+from kms.storage.lock import KeystoreLock
 from kms_tests.integration.processes import eventually
 
 TINY = KdfParameters(memory_kib=8, iterations=1, parallelism=1)

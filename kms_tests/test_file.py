@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -30,9 +31,12 @@ from kms.errors import (
     WrongPassphraseError,
 )
 from kms.host import durable
-from kms.storage import document, file
-from kms.storage.file import Keystore, KeystoreLock
-from kms_tests.keks import opened, sealed
+from kms.storage import content, file
+from kms.storage.file import Keystore
+from kms.storage.lock import KeystoreLock
+from kms.storage.stored import KdfHeader
+from kms_tests.commits import commit
+from kms_tests.keks import opened, sealed, slot
 
 NOW = 1_700_000_000
 
@@ -99,7 +103,7 @@ def test_a_second_lock_is_refused_with_the_pid_of_the_holder(path: Path) -> None
 
 def test_the_lock_of_another_process_names_that_process(path: Path) -> None:
     script = (
-        "import sys\nfrom pathlib import Path\nfrom kms.storage.file import KeystoreLock\n"
+        "import sys\nfrom pathlib import Path\nfrom kms.storage.lock import KeystoreLock\n"
         "with KeystoreLock(Path(sys.argv[1])):\n    print(flush=True)\n    sys.stdin.read()"
     )
     root = Path(__file__).parent.parent
@@ -303,7 +307,7 @@ def test_a_keystore_behind_a_link_is_refused(made: Path) -> None:
 
 
 def test_a_file_larger_than_any_keystore_is_refused_unread(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(file, "MAX_KEYSTORE_BYTES", 10)
+    monkeypatch.setattr(content, "MAX_KEYSTORE_BYTES", 10)
     with pytest.raises(KeystoreError, match="larger than any keystore"):
         _load(made)
 
@@ -326,25 +330,25 @@ def test_a_read_that_fails_names_the_file(made: Path, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(os, "fdopen", Failing)
     with pytest.raises(FileAccessError, match="cannot read"):
-        file.read(made)
+        content.read(made)
 
 
 def test_a_keystore_of_a_format_to_come_is_refused(made: Path) -> None:
-    made.write_bytes(made.read_bytes().replace(b'"formatVersion":3', b'"formatVersion":4'))
-    with pytest.raises(KeystoreError):
+    made.write_bytes(made.read_bytes().replace(b'"formatVersion":4', b'"formatVersion":5'))
+    with pytest.raises(KeystoreError, match="format 5, of a later release"):
         _load(made)
 
 
 def test_what_is_loaded_was_made_durable_before_it_was_read(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     steps: list[str] = []
-    real_read = file._read
+    real_read = content.read_file
 
     def read(path: Path) -> Any:
         steps.append("read")
         return real_read(path)
 
     monkeypatch.setattr(durable, "sync_names", lambda path: steps.append(f"sync {path.name}"))
-    monkeypatch.setattr(file, "_read", read)
+    monkeypatch.setattr(content, "read_file", read)
     _load(made)
     assert steps == [f"sync {made.parent.name}", "read"]
 
@@ -361,25 +365,25 @@ def test_a_keystore_that_cannot_be_made_durable_is_not_used(made: Path, monkeypa
 def test_what_is_saved_is_what_loads(made: Path) -> None:
     keystore, keyring = _load(made)
     saved = _rotated(keystore, keyring)
-    keystore.save(saved)
+    commit(keystore, saved)
     assert _load(made)[1] == saved
     assert saved.generation == keyring.generation + 1
 
 
 def test_a_save_leaves_the_file_private(made: Path) -> None:
     keystore, keyring = _load(made)
-    keystore.save(_rotated(keystore, keyring))
+    commit(keystore, _rotated(keystore, keyring))
     assert _mode(made) == 0o600
     assert sorted(entry.name for entry in made.parent.iterdir()) == ["keystore.json", "keystore.json.lock"]
 
 
 def test_a_destroyed_kek_is_not_in_the_file_any_more(made: Path) -> None:
     keystore, keyring = _load(made)
-    wrapped = json.loads(made.read_bytes())["keyGroups"][0]["versions"][0]["wrappedKek"]
+    wrapped = json.loads(made.read_bytes())["keyGroups"][0]["versions"][0]["wrappedKey"]
     rotated = _rotated(keystore, keyring)
-    keystore.save(rotated)
+    commit(keystore, rotated)
     assert wrapped.encode() in made.read_bytes()
-    keystore.save(apply(rotated, DestroyVersion("default", 1), now=NOW, mint=keystore.mint).next_generation())
+    commit(keystore, apply(rotated, DestroyVersion("default", 1), now=NOW, mint=keystore.mint).next_generation())
     assert wrapped.encode() not in made.read_bytes()
 
 
@@ -392,12 +396,12 @@ def test_a_save_that_fails_before_the_rename_changes_nothing_and_the_next_one_wo
     with monkeypatch.context() as patch:
         patch.setattr(os, call, _fail)
         with pytest.raises(SaveFailedError, match="No space left on device; nothing was changed") as caught:
-            keystore.save(_rotated(keystore, keyring))
+            commit(keystore, _rotated(keystore, keyring))
     assert caught.value.exit_code == 74
     assert made.read_bytes() == before
     assert _load(made)[1] == keyring
     saved = _rotated(keystore, keyring)
-    keystore.save(saved)
+    commit(keystore, saved)
     assert _load(made)[1] == saved
 
 
@@ -409,7 +413,7 @@ def test_what_fails_at_each_size_that_a_load_refuses_is_refused_by_a_save(
     rotated = _rotated(keystore, keyring)
     monkeypatch.setattr(file, "MAX_KEYSTORE_BYTES", len(before))
     with pytest.raises(SaveFailedError, match="larger than any keystore; nothing was changed"):
-        keystore.save(rotated)
+        commit(keystore, rotated)
     assert made.read_bytes() == before
     assert _load(made)[1] == keyring
 
@@ -427,17 +431,17 @@ def test_a_rename_that_is_refused_at_once_has_changed_nothing_and_the_next_save_
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", refuse)
         with pytest.raises(SaveFailedError, match="nothing was changed") as caught:
-            keystore.save(_rotated(keystore, keyring))
+            commit(keystore, _rotated(keystore, keyring))
     assert ("mount its directory instead" in str(caught.value)) == (number in (errno.EBUSY, errno.EXDEV))
     assert made.read_bytes() == before
     assert not durable.temp_files(made)
-    keystore.save(_rotated(keystore, keyring))
+    commit(keystore, _rotated(keystore, keyring))
 
 
 def test_what_is_beside_it_is_not_written_either_where_it_is_anothers(made: Path) -> None:
     keystore, keyring = _load(made)
     keystore.look()
-    keystore.save(_rotated(keystore, keyring))
+    commit(keystore, _rotated(keystore, keyring))
     keystore.look()
     made.write_bytes(made.read_bytes().replace(b'"generation":', b'"generation":1'))
     with pytest.raises(KeystoreReplacedError, match="exchanged"):
@@ -467,7 +471,7 @@ def test_a_look_waits_for_a_save_that_is_under_way(made: Path, monkeypatch: pyte
         return state
 
     monkeypatch.setattr(durable, "write_file", saved)
-    keystore.save(_rotated(keystore, keyring))
+    commit(keystore, _rotated(keystore, keyring))
     looks[0].join()
     assert failures == []
 
@@ -488,7 +492,7 @@ def test_nothing_is_saved_over_what_another_has_put_there(made: Path) -> None:
         made.chmod(0o600)
         there = made.read_bytes()
         with pytest.raises(KeystoreReplacedError, match=r"exchanged it\. Nothing was saved") as caught:
-            keystore.save(_rotated(keystore, keyring))
+            commit(keystore, _rotated(keystore, keyring))
         assert caught.value.exit_code == 75
         assert made.read_bytes() == there
         assert not durable.temp_files(made)
@@ -498,7 +502,7 @@ def test_nothing_is_saved_where_the_keystore_was_removed(made: Path) -> None:
     keystore, keyring = _load(made)
     made.unlink()
     with pytest.raises(KeystoreReplacedError, match="removed it"):
-        keystore.save(_rotated(keystore, keyring))
+        commit(keystore, _rotated(keystore, keyring))
     assert not made.exists()
 
 
@@ -506,13 +510,13 @@ def test_a_backup_that_leaves_the_content_as_it_is_is_no_reason_to_stop(made: Pa
     keystore, keyring = _load(made)
     os.link(made, made.with_name("backup"))
     first = _rotated(keystore, keyring)
-    keystore.save(first)
+    commit(keystore, first)
     os.utime(made, (1, 1))
     copy = made.with_name("copy")
     copy.write_bytes(made.read_bytes())
     copy.chmod(0o600)
     copy.replace(made)
-    keystore.save(_rotated(keystore, first))
+    commit(keystore, _rotated(keystore, first))
     assert _load(made)[1].generation == first.generation + 1
 
 
@@ -522,12 +526,12 @@ def test_nothing_is_saved_without_the_lock_that_others_would_have_to_take(made: 
         keystore, keyring = file.load(lock, _secret())
         lock_file.unlink()
         with pytest.raises(KeystoreReplacedError, match=r"lock of .* was removed or exchanged"):
-            keystore.save(_rotated(keystore, keyring))
+            commit(keystore, _rotated(keystore, keyring))
         with KeystoreLock(made) as another:
             second, theirs = file.load(another, _secret())
-            second.save(_rotated(second, theirs))
+            commit(second, _rotated(second, theirs))
             with pytest.raises(KeystoreReplacedError):
-                keystore.save(_rotated(keystore, keyring))
+                commit(keystore, _rotated(keystore, keyring))
             saved = _load(made)[1]
             assert saved.generation == keyring.generation + 1
 
@@ -536,16 +540,16 @@ def test_what_is_put_there_while_the_passphrase_is_derived_is_not_saved_over(
     made: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     others = made.read_bytes() + b"\n"
-    real = document.KdfHeader.derive
+    real = KdfHeader.derive
 
-    def derive(self: document.KdfHeader, passphrase: Secret) -> Secret:
+    def derive(self: KdfHeader, passphrase: Secret) -> Secret:
         made.write_bytes(others)
         return real(self, passphrase)
 
-    monkeypatch.setattr(document.KdfHeader, "derive", derive)
+    monkeypatch.setattr(KdfHeader, "derive", derive)
     keystore, keyring = _load(made)
     with pytest.raises(KeystoreReplacedError):
-        keystore.save(_rotated(keystore, keyring))
+        commit(keystore, _rotated(keystore, keyring))
     assert made.read_bytes() == others
 
 
@@ -563,9 +567,9 @@ def test_nor_is_what_is_put_there_right_after_a_save(made: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(durable, "write_file", raced)
         saved = _rotated(keystore, keyring)
-        keystore.save(saved)
+        commit(keystore, saved)
     with pytest.raises(KeystoreReplacedError):
-        keystore.save(_rotated(keystore, saved))
+        commit(keystore, _rotated(keystore, saved))
     assert made.read_bytes() == b"another's"
 
 
@@ -608,7 +612,7 @@ def test_the_outcome_of_a_save_that_fails_at_the_rename_is_unknown(made: Path, m
     with monkeypatch.context() as patch:
         patch.setattr(os, "rename", _fail_to_rename)
         with pytest.raises(SaveOutcomeUnknownError) as caught:
-            keystore.save(_rotated(keystore, keyring))
+            commit(keystore, _rotated(keystore, keyring))
     assert caught.value.exit_code == 70
 
 
@@ -617,12 +621,12 @@ def test_the_outcome_of_a_save_that_fails_after_the_rename_is_unknown(made: Path
     with monkeypatch.context() as patch:
         patch.setattr(durable, "fsync_directory", _fail)
         with pytest.raises(SaveOutcomeUnknownError, match="check the disk"):
-            keystore.save(_rotated(keystore, keyring))
+            commit(keystore, _rotated(keystore, keyring))
 
 
 def test_each_kek_is_fresh(made: Path) -> None:
     keystore, _ = _load(made)
-    keys = [keystore.mint("default", 1).key for _ in range(2)]
+    keys = [keystore.mint(slot()).key for _ in range(2)]
     blob = sealed(keys[0])
     assert opened(keys[0], blob) == b"x"
     with pytest.raises(Exception, match="decryption failed"):
@@ -632,8 +636,8 @@ def test_each_kek_is_fresh(made: Path) -> None:
 def test_the_buffer_of_a_kek_is_wiped_once_it_is_wrapped(made: Path) -> None:
     buffer = bytearray(b"k" * 32)
     with KeystoreLock(made) as lock:
-        keystore, _ = file.load(lock, _secret(), new_key=lambda: Secret(buffer))
-    keystore.mint("default", 2)
+        keystore, _ = file.load(lock, _secret(), random=lambda _: Secret(buffer))
+    keystore.mint(slot(version=2))
     assert buffer == bytes(32)
 
 
@@ -641,7 +645,7 @@ def test_a_wiped_keystore_makes_no_more_keks(made: Path) -> None:
     keystore, _ = _load(made)
     keystore.wipe()
     with pytest.raises(Exception, match="decryption failed"):
-        keystore.mint("default", 2)
+        keystore.mint(slot(version=2))
 
 
 # change_passphrase
@@ -674,7 +678,8 @@ def test_a_change_of_passphrase_leaves_names_versions_and_states_as_they_are(mad
     keyring = _rotated(keystore, _rotated(keystore, keyring))
     for command in (DestroyVersion("default", 1), CreateGroup("billing")):
         keyring = apply(keyring, command, now=NOW, mint=keystore.mint)
-    keystore.save(keyring)
+    keyring = replace(keyring, generation=2)
+    commit(keystore, keyring)
 
     def table(of: Keyring) -> object:
         return [
@@ -694,7 +699,7 @@ def test_a_change_of_passphrase_makes_a_new_salt_and_wraps_every_kek_anew(made: 
     after = json.loads(made.read_bytes())
     assert after["kdf"]["salt"] != before["kdf"]["salt"]
     assert (after["kdf"]["memoryKiB"], after["kdf"]["iterations"]) == (16, 2)
-    assert after["keyGroups"][0]["versions"][0]["wrappedKek"] != before["keyGroups"][0]["versions"][0]["wrappedKek"]
+    assert after["keyGroups"][0]["versions"][0]["wrappedKey"] != before["keyGroups"][0]["versions"][0]["wrappedKey"]
 
 
 def test_a_change_with_a_wrong_old_passphrase_changes_nothing(made: Path, tiny: KdfParameters) -> None:

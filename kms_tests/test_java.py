@@ -16,18 +16,18 @@ from kms.core.keyring import Keyring, VersionStatus
 from kms.core.secret import Secret
 from kms.errors import KeystoreError, SaveFailedError, WrongPassphraseError
 from kms.limits import KDF_ITERATIONS, KDF_MEMORY_KIB, MAX_FINDINGS_SHOWN
-from kms.storage import document, file, legacy
+from kms.storage import file, format2, format4
 from kms.storage.audit_log import AuditLog
-from kms.storage.document import RootKeys
-from kms.storage.file import KeystoreLock
+from kms.storage.lock import KeystoreLock
+from kms.storage.root_keys import RootKeys
 from kms.wire.messages import Encrypt, group_of
-from kms_tests import format2
-from kms_tests.format2 import Group, Version
+from kms_tests import java_keystore
 from kms_tests.in_memory import Server, text
+from kms_tests.java_keystore import Group, Version
 
 PASSPHRASE = "correct horse"
 SALT = bytes(range(16))
-ROOT = format2.root_key(PASSPHRASE, SALT)
+ROOT = java_keystore.root_key(PASSPHRASE, SALT)
 LONG = "x" * 256
 
 
@@ -36,13 +36,14 @@ def secret() -> Secret:
 
 
 def opened(groups: list[Group]) -> tuple[Keyring, Sequence[str]]:
-    sealed = legacy.Sealed(format2.encode(format2.tree(groups, ROOT, SALT)))
+    sealed = format2.Sealed(java_keystore.encode(java_keystore.tree(groups, ROOT, SALT)))
     with Secret(bytearray(ROOT)) as root:
-        return sealed.open(root, lambda _group, _version, _kek: b"rewrapped"), sealed.notes
+        keyring = sealed.open(root, lambda _slot, _key: b"rewrapped")
+    return keyring, [note.removeprefix("keystore of the Java server: ") for note in sealed.notes]
 
 
 def write(path: Path, groups: list[Group]) -> None:
-    path.write_bytes(format2.encode(format2.tree(groups, ROOT, SALT)))
+    path.write_bytes(java_keystore.encode(java_keystore.tree(groups, ROOT, SALT)))
     path.chmod(0o600)
 
 
@@ -97,9 +98,9 @@ def test_a_name_with_half_a_character_keeps_it_escaped() -> None:
 
 
 def test_a_whole_character_beside_a_half_one_is_itself_when_both_are_escaped() -> None:
-    sealed = legacy.Sealed(json.dumps(format2.tree([one("\N{GRINNING FACE}"), one("\ud83d")], ROOT, SALT)).encode())
+    sealed = format2.Sealed(json.dumps(java_keystore.tree([one("\N{GRINNING FACE}"), one("\ud83d")], ROOT, SALT)).encode())
     with Secret(bytearray(ROOT)) as root:
-        keyring = sealed.open(root, lambda _group, _version, _kek: b"")
+        keyring = sealed.open(root, lambda _slot, _key: b"")
     assert list(keyring.groups) == ["\N{GRINNING FACE}", "\\ud83d"]
 
 
@@ -124,23 +125,23 @@ def test_an_escaped_name_is_no_other_groups() -> None:
 )
 def test_what_is_no_keystore_is_refused_on_this_way_too(raw: bytes) -> None:
     with pytest.raises(KeystoreError, match="altered or damaged"):
-        legacy.Sealed(raw)
+        format2.Sealed(raw)
 
 
 @pytest.mark.parametrize("change", [("salt", 5), ("note", "x"), ("keyGroups", None)])
 def test_a_keystore_with_half_a_character_is_read_as_strictly_as_others(change: tuple[str, Any]) -> None:
-    tree = format2.tree([one("\ud800")], ROOT, SALT)
+    tree = java_keystore.tree([one("\ud800")], ROOT, SALT)
     tree[change[0]] = change[1]
     with pytest.raises(KeystoreError, match="altered or damaged"):
-        legacy.Sealed(format2.encode(tree))
+        format2.Sealed(java_keystore.encode(tree))
 
 
 def test_a_keystore_with_half_a_character_has_a_MAC_like_others() -> None:
-    tree = format2.tree([one("\ud800"), one("b")], ROOT, SALT)
+    tree = java_keystore.tree([one("\ud800"), one("b")], ROOT, SALT)
     tree["keyGroups"][1]["id"] = "c"
-    sealed = legacy.Sealed(format2.encode(tree))
+    sealed = format2.Sealed(java_keystore.encode(tree))
     with Secret(bytearray(ROOT)) as root, pytest.raises(KeystoreError, match="altered or damaged"):
-        sealed.open(root, lambda _group, _version, _kek: b"")
+        sealed.open(root, lambda _slot, _key: b"")
 
 
 def test_what_cannot_be_kept_is_told_up_to_a_bound() -> None:
@@ -165,13 +166,13 @@ def java_groups(draw: st.DrawFn) -> list[Group]:
 
 @given(java_groups())
 def test_whatever_is_authentic_opens_and_is_the_same_once_it_is_saved(groups: list[Group]) -> None:
-    sealed = legacy.Sealed(format2.encode(format2.tree(groups, ROOT, SALT)))
+    sealed = format2.Sealed(java_keystore.encode(java_keystore.tree(groups, ROOT, SALT)))
     with Secret(bytearray(ROOT)) as root:
         keys = RootKeys(root)
-        keyring = sealed.open(root, keys.wrap_kek)
+        keyring = sealed.open(root, keys.wrap)
     assert [len(group.versions) for group in keyring.groups.values()] == [len(group.versions) for group in groups]
-    saved = document.Encoder().encode(keyring, sealed.header, keys.seal_check(), keys)
-    assert document.Sealed(bytes(saved)).open(keys) == keyring
+    saved = format4.Encoder().encode(keyring, format4.Front(sealed.header, keys.seal_check()), keys)
+    assert format4.Sealed(bytes(saved), None).open(Secret(bytearray(ROOT))) == keyring
     for group, made in zip(keyring.groups.values(), groups, strict=True):
         for version, before in zip(group.versions.values(), made.versions, strict=True):
             is_kept = before.status != "DESTROYED" and not before.is_keyless
@@ -213,8 +214,8 @@ def test_weak_costs_of_a_migrated_keystore_are_raised_and_told(data: Path) -> No
     assert costs(path) == (16, 2, 1)
     assert list(keyring.groups) == ["default", "b"]
     assert notes == [
-        "b v1 is ENABLED and has no key: it was destroyed",
-        "each guess at its passphrase costs only 8 KiB of memory and 1 passes: it is 16 KiB and 2 passes from now on, and "
+        "keystore of the Java server: b v1 is ENABLED and has no key: it was destroyed",
+        "keystore of the Java server: each guess at its passphrase costs only 8 KiB of memory and 1 passes: it is 16 KiB and 2 passes from now on, and "
         "as before for the file that is kept as keystore.json.v2",
     ]
     assert keystore.notes == ()
@@ -226,9 +227,9 @@ def test_neither_cost_is_lowered(
     data: Path, monkeypatch: pytest.MonkeyPatch, wanted: KdfParameters, became: tuple[int, int]
 ) -> None:
     path = data / "keystore.json"
-    monkeypatch.setattr(format2, "MEMORY_KIB", 32)
-    monkeypatch.setattr(format2, "ITERATIONS", 2)
-    path.write_bytes(format2.write([one()], PASSPHRASE))
+    monkeypatch.setattr(java_keystore, "MEMORY_KIB", 32)
+    monkeypatch.setattr(java_keystore, "ITERATIONS", 2)
+    path.write_bytes(java_keystore.write([one()], PASSPHRASE))
     path.chmod(0o600)
     with KeystoreLock(path) as lock:
         file.raise_costs(lock, secret(), parameters=wanted)

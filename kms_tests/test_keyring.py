@@ -19,10 +19,10 @@ from kms.core.keyring import (
     DestroyVersion,
     DisableVersion,
     EnableVersion,
-    KeyGroup,
     Keyring,
+    KeySlot,
     KeyVersion,
-    NewKek,
+    NewKey,
     RotateGroup,
     VersionStatus,
     apply,
@@ -31,14 +31,15 @@ from kms.core.names import check_new_name, is_possible_name
 from kms.core.secret import Secret
 from kms.errors import InvalidRequestError
 from kms.limits import MAX_VERSION
+from kms_tests.keks import group_of
 from kms_tests.strategies import new_names, stored_names
 
 ACTIVE, ENABLED, DISABLED, DESTROYED = VersionStatus
 G = "billing"
 
 
-def _mint(group: str, version: int) -> NewKek:
-    return NewKek(Kek(Secret(bytearray(32))), f"{group}/{version}".encode())
+def _mint(slot: KeySlot) -> NewKey:
+    return NewKey(Kek(Secret(bytearray(32))), f"{slot.group}/{slot.version}".encode())
 
 
 def _apply(keyring: Keyring, *commands: Command, now: int = 1_700_000_000) -> Keyring:
@@ -140,13 +141,13 @@ def test_rotate_never_reuses_the_number_of_a_tombstone() -> None:
 def test_rotate_counts_on_from_the_highest_version_even_when_a_lower_one_is_ACTIVE() -> None:
     low = KeyVersion.build(G, 1, ACTIVE, 0, b"w", None)
     high = KeyVersion.build(G, 9, DESTROYED, 0, None, None)
-    made = _apply(Keyring(0, {G: KeyGroup(G, 0, low, {1: low, 9: high})}), RotateGroup(G))
+    made = _apply(Keyring(0, {G: group_of(G, {1: low, 9: high})}), RotateGroup(G))
     assert made.groups[G].active.version == 10
 
 
 def test_rotate_is_refused_past_the_highest_number() -> None:
     last = KeyVersion.build(G, MAX_VERSION, ACTIVE, 0, b"w", None)
-    made = Keyring(0, {G: KeyGroup(G, 0, last, {MAX_VERSION: last})})
+    made = Keyring(0, {G: group_of(G, {MAX_VERSION: last})})
     assert "as many versions as it can hold" in _refused(made, RotateGroup(G))
 
 

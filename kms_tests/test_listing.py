@@ -91,7 +91,7 @@ async def test_a_description_in_pieces_is_the_line_that_it_always_was(name: str,
     server = Server()
     made = server.manager.current.groups["default"].versions[1]
     several = {number: replace(made, version=number) for number in range(1, versions + 1)}
-    group = KeyGroup(name, 5, several[versions], several)
+    group = replace(server.manager.current.groups["default"], key_id=name, active=several[versions], versions=several)
     server.manager.current = Keyring(1, {name: group})
     views = [VersionView(one.version, VersionState.ACTIVE, 1) for one in several.values()]
     used = [VersionView(one.version, VersionState.ACTIVE, 1, server.usage.of(one)) for one in several.values()]

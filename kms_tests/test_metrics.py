@@ -6,7 +6,7 @@ import json
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ from kms.core.keyring import (
     DisableVersion,
     KeyGroup,
     Keyring,
-    NewKek,
+    KeySlot,
+    NewKey,
     RotateGroup,
     VersionStatus,
     apply,
 )
 from kms.core.policy import Operation, Principal
+from kms.core.specs import AES_256
 from kms.errors import SaveFailedError, SaveOutcomeUnknownError, UnauthorizedError
 from kms.limits import MAX_METERED_GROUPS
 from kms.server.metrics_listener import Exposition
@@ -38,9 +40,11 @@ from kms.service.metrics import BUCKETS, Meters
 from kms.service.served import Peer, Served
 from kms.wire.messages import CiphertextReply, Encrypt
 from kms_tests.in_memory import Server, mint, text
+from kms_tests.keks import group_of
 
 ROOT = Path(__file__).parent.parent
 Labels = frozenset[tuple[str, str]]
+SLOT = KeySlot("g", bytes(16), AES_256, 1)
 
 
 class Store:
@@ -48,12 +52,17 @@ class Store:
 
     failure: Exception | None = None
 
-    def mint(self, group: str, version: int) -> NewKek:
-        return mint(group, version)
+    is_settled = False
 
-    def save(self, keyring: Keyring) -> None:
+    def mint(self, slot: KeySlot) -> NewKey:
+        return mint(slot)
+
+    def commit(self, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
         if self.failure is not None:
             raise self.failure
+
+    def settle(self) -> None:
+        self.is_settled = True
 
 
 class Audit:
@@ -247,13 +256,15 @@ def test_a_save_is_counted_by_its_outcome_and_fails_as_it_did(failure: Exception
     before = world.samples()
     world.store.failure = failure
     if failure is None:
-        world.metered.save(EMPTY)
+        world.metered.commit(0, ())
     else:
         with pytest.raises(type(failure)):
-            world.metered.save(EMPTY)
+            world.metered.commit(0, ())
     assert world.changed(before, "minikms_saves_total") == {(outcome,): 1}
     assert world.value("minikms_save_duration_seconds_count") == 1
-    assert world.metered.mint("g", 1).wrapped == b"wrapped"
+    assert world.metered.mint(SLOT).wrapped == b"wrapped"
+    world.metered.settle()
+    assert world.store.is_settled
 
 
 def test_the_keyring_is_shown_as_it_is_now() -> None:
@@ -292,7 +303,7 @@ def test_a_large_keyring_is_counted_with_pauses_in_which_the_event_loop_can_go_o
     pauses: list[float] = []
     monkeypatch.setattr(time, "sleep", pauses.append)
     version = World().server.manager.current.groups["default"].active
-    group = KeyGroup("g", 0, version, dict.fromkeys(range(1, 5001), version))
+    group = group_of("g", dict.fromkeys(range(1, 5001), version))
     world = World()
     families = len(list(world.collector.collect()))
     assert len(pauses) == families

@@ -88,7 +88,7 @@ def test_a_bug_elsewhere_changes_nothing() -> None:
 
 async def test_a_save_of_unknown_outcome_says_so() -> None:
     class Unsure(Store):
-        def save(self, keyring: object) -> None:
+        def commit(self, expected_generation: int, changed: object) -> None:
             raise SaveOutcomeUnknownError("the disk failed")
 
     actor = KeyringActor(EMPTY, Unsure(), clock=lambda: 1)

@@ -12,6 +12,7 @@ from kms.core.secret import Secret
 from kms.errors import InputError, WrongPassphraseError
 from kms.host import secret_input
 from kms.storage import file
+from kms.storage.lock import KeystoreLock
 from kms.storage.passphrases import opening_form
 
 COMPOSED = "café au lait".encode()
@@ -20,7 +21,7 @@ DECOMPOSED = unicodedata.normalize("NFD", "café au lait").encode()
 
 def _made(data: Path, tiny: KdfParameters, passphrase: bytes) -> Path:
     path = data / "keystore.json"
-    with file.KeystoreLock(path) as lock:
+    with KeystoreLock(path) as lock:
         file.initialise(lock, Secret(bytearray(passphrase)), now=1_700_000_000, parameters=tiny)
     return path
 
@@ -67,5 +68,5 @@ def test_a_wrong_passphrase_of_one_form_costs_no_key_derivation_more(
     monkeypatch.setattr("kms.storage.passphrases.check", lambda *_: pytest.fail("it was derived"))
     assert _form(path, b"wrong\n") == b"wrong"
     monkeypatch.undo()
-    with pytest.raises(WrongPassphraseError), file.KeystoreLock(path) as lock:
+    with pytest.raises(WrongPassphraseError), KeystoreLock(path) as lock:
         file.load(lock, Secret(bytearray(b"wrong")))

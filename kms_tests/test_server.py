@@ -17,7 +17,7 @@ from kms.cli.server import main
 from kms.core.secret import Secret
 from kms.errors import KeystoreLockedError
 from kms.server import daemon
-from kms.storage.file import KeystoreLock
+from kms.storage.lock import KeystoreLock
 
 API, ADMIN = "an API token of some length", "an admin token of some length"
 

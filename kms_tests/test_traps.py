@@ -19,21 +19,24 @@ from kms.core.keyring import EMPTY, CreateGroup, KeyGroup, Keyring, KeyVersion, 
 from kms.errors import ConfigError, InvalidRequestError, KeystoreError
 from kms.limits import MAX_FRAME_BYTES
 from kms.server.config import resolve
-from kms.storage import document, legacy
+from kms.storage import format2, format3
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
 from kms_tests.budget import within_budget
-from kms_tests.fuzz.targets import encode2, encode3, open2, open3, reseal2, reseal3
+from kms_tests.fuzz.targets import encode2, encode3, encode4, open2, open3, open4, reseal2, reseal3, reseal4
 from kms_tests.in_memory import Server, mint, text
+from kms_tests.keks import group_of, slot
 
 Opener = Callable[[bytes], Keyring]
 Resealer = Callable[[dict[str, Any]], bytes]
 
 KEYSTORES = [
+    pytest.param(encode4(), open4, id="format 4"),
     pytest.param(encode3(), open3, id="format 3"),
     pytest.param(encode2(), open2, id="format 2"),
 ]
 RESEALED = [
+    pytest.param(encode4(), reseal4, open4, "keyId", id="format 4"),
     pytest.param(encode3(), reseal3, open3, "keyId", id="format 3"),
     pytest.param(encode2(), reseal2, open2, "id", id="format 2"),
 ]
@@ -163,11 +166,11 @@ def test_a_keystore_in_another_encoding_is_refused(raw: bytes, open_: Opener, en
 @pytest.mark.parametrize(
     ("raw", "parse", "surrogate"),
     [
-        (encode3(), document.Sealed, b"\\ud800"),
-        (encode3(), document.Sealed, b"\\udc00\\ud800"),
+        (encode3(), format3.Sealed, b"\\ud800"),
+        (encode3(), format3.Sealed, b"\\udc00\\ud800"),
         *(
             (raw, parse, surrogate)
-            for raw, parse in [(encode3(), document.Sealed), (encode2(), legacy.Sealed)]
+            for raw, parse in [(encode3(), format3.Sealed), (encode2(), format2.Sealed)]
             for surrogate in (b"\xed\xa0\x80", b"\xff", b"\xc1\xa1", b"\xf4\x90\x80\x80")
         ),
     ],
@@ -246,9 +249,9 @@ def _lookalikes() -> Keyring:
     keyring = EMPTY
     groups: dict[str, KeyGroup] = {}
     for name in LOOKALIKES:
-        kek = mint(name, 1)
-        version = KeyVersion.build(name, 1, VersionStatus.ACTIVE, 1, kek.wrapped, kek.key)
-        groups[name] = KeyGroup(name, 1, version, {1: version})
+        key, wrapped = mint(slot(name))
+        version = KeyVersion.build(name, 1, VersionStatus.ACTIVE, 1, wrapped, key)
+        groups[name] = group_of(name, {1: version}, created_at=1)
     return Keyring(keyring.generation, groups)
 
 

@@ -87,7 +87,7 @@ def verify_audit(
     server, and minds none.
     """
     from kms.storage.audit_check import check_readable, verify
-    from kms.storage.file import AuditReader
+    from kms.storage.audit_reader import AuditReader
     from kms.storage.passphrases import opening_form
 
     named = {"audit_log": audit_log, "keystore": keystore, "passphrase_file": passphrase_file}

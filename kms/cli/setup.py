@@ -121,7 +121,8 @@ def _check_directory(path: Path) -> None:
 
 def _make(keystore: Path, tokens: Sequence[Path], passphrase: Secret) -> None:
     from kms.core.derive import KdfParameters
-    from kms.storage.file import KeystoreLock, initialise
+    from kms.storage.file import initialise
+    from kms.storage.lock import KeystoreLock
 
     made: list[Path] = []
     with KeystoreLock(keystore) as lock:
@@ -259,13 +260,14 @@ def change_passphrase(
     from kms.core.derive import KdfParameters
     from kms.storage import file, passphrases
     from kms.storage.audit_log import is_kept
+    from kms.storage.lock import KeystoreLock
 
     one_reader_of_standard_input({"--passphrase-file": passphrase_file, "--new-passphrase-file": new_passphrase_file})
     named = {"keystore": keystore, "passphrase_file": passphrase_file, "audit_log": audit_log}
     places = Places(named, os.environ)
     if not os.path.lexists(places.keystore):
         raise InputMissingError(f"there is no keystore at {places.keystore}; make one with: kms-admin init")
-    with file.KeystoreLock(places.keystore) as lock, existing_passphrase(settings, places, passphrase_file) as given:
+    with KeystoreLock(places.keystore) as lock, existing_passphrase(settings, places, passphrase_file) as given:
         old = passphrases.opening_form(places.keystore, given)
         # Before anybody is asked to think of a new one.
         passphrases.check(places.keystore, old)
@@ -281,7 +283,7 @@ def change_passphrase(
             is_same = old.is_same(new)
             notes = file.change_passphrase(lock, old, new, parameters=KdfParameters(), audit_log=log)
     for note in notes:
-        render.remark(f"keystore of the Java server: {note}")
+        render.remark(note)
     done = "the keystore was written anew, under the same passphrase as before" if is_same else "passphrase changed"
     render.detail(settings, done)
 

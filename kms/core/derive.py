@@ -7,7 +7,7 @@ use can be turned against another, and that the root key can be wiped as soon as
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, Literal
 
 from _argon2_cffi_bindings import ffi, lib
 from argon2.low_level import Type, core, error_to_str
@@ -26,7 +26,7 @@ from kms.limits import (
     KEY_BYTES,
 )
 
-ARGON2_VERSION_13: Final = 0x13
+ARGON2_VERSION_13: Final[Literal[0x13]] = 0x13
 _MINIMUM_SALT_BYTES: Final = 8
 
 

@@ -191,10 +191,11 @@ class CommittingKey:
         first, second = nonce[:GCM_NONCE_BYTES], nonce[GCM_NONCE_BYTES:]
         return self._sealed(self._derived(COMMITTING_PREFIX + first), second, plaintext, aad)
 
-    def open(self, envelope: bytes, aad: Buffer) -> bytes:
+    def open(self, envelope: bytes, aad: Buffer, into: bytearray | None = None) -> bytes:
         """The plaintext of `envelope`; raises `DecryptionFailedError` whatever is wrong with it.
 
         Tag and commitment are both looked at, whatever the other says, so that there is one refusal, and one time it takes.
+        With `into`, which has the plaintext's length, it is put there and nothing is returned.
         """
         if len(envelope) < COMMITTING_OVERHEAD_BYTES or not envelope.startswith(COMMITTING_PREFIX):
             raise DecryptionFailedError
@@ -203,8 +204,13 @@ class CommittingKey:
         is_sealers = sealer is not None and sealer.front == front
         subkey = (sealer if is_sealers else self._kept.get(front)) or self._derived(front)
         plaintext: bytes | None
+        sealed = envelope[_COMMITTING_HEADER_BYTES:-COMMITMENT_BYTES]
         try:
-            plaintext = subkey.gcm.decrypt(second, envelope[_COMMITTING_HEADER_BYTES:-COMMITMENT_BYTES], aad)
+            if into is None:
+                plaintext = subkey.gcm.decrypt(second, sealed, aad)
+            else:
+                plaintext = b""
+                subkey.gcm.decrypt_into(second, sealed, aad, into)
         except InvalidTag:
             plaintext = None
         blocks = subkey.folded ^ int.from_bytes(second + _FIRST_COUNTER + second + _SECOND_COUNTER, "big")
@@ -214,6 +220,16 @@ class CommittingKey:
         if not is_sealers:
             self._keep(subkey)
         return plaintext
+
+    def open_secret(self, envelope: bytes, aad: Buffer) -> Secret:
+        """`open` into a buffer that can be wiped; for keys."""
+        buffer = bytearray(max(0, len(envelope) - COMMITTING_OVERHEAD_BYTES))
+        try:
+            self.open(envelope, aad, buffer)
+        except BaseException:
+            buffer[:] = bytes(len(buffer))
+            raise
+        return Secret(buffer)
 
     def wipe(self) -> None:
         """Free the contexts, which cleanse key and subkeys. The key cannot be used afterwards."""

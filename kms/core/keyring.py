@@ -17,16 +17,17 @@ A transition that changes nothing returns the very same group, so that nobody sa
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Final, NamedTuple
 
 from kms.core import ciphertext
-from kms.core.kek import Kek
 from kms.core.names import NO_SUCH_GROUP, NO_SUCH_VERSION, check_new_name
+from kms.core.specs import DEFAULT, Key, KeySpec, KeyUse
 from kms.errors import InvalidRequestError
-from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
+from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP, UUID_BYTES
 
 
 class VersionStatus(StrEnum):
@@ -38,26 +39,35 @@ class VersionStatus(StrEnum):
     DESTROYED = "DESTROYED"
 
 
-class NewKek(NamedTuple):
-    """A fresh KEK in its two forms."""
+class KeySlot(NamedTuple):
+    """The one place that a key belongs to, to which its wrapping is bound."""
 
-    key: Kek
+    group: str
+    uuid: bytes
+    spec: KeySpec
+    version: int
+
+
+class NewKey(NamedTuple):
+    """A fresh key in its two forms."""
+
+    key: Key
     wrapped: bytes
 
 
-Mint = Callable[[str, int], NewKek]
-"""Makes the KEK of a group's version, wrapped for that slot. A parameter, so that transitions stay pure."""
+Mint = Callable[[KeySlot], NewKey]
+"""Makes the key of a slot, wrapped for it. A parameter, so that transitions stay pure."""
 
 
 @dataclass(frozen=True, slots=True)
 class KeyVersion:
-    """One KEK. `key` and `wrapped` are None exactly when it is DESTROYED; `created_at` is in epoch seconds."""
+    """One key. `key` and `wrapped` are None exactly when it is DESTROYED; `created_at` is in epoch seconds."""
 
     version: int
     status: VersionStatus
     created_at: int
     wrapped: bytes | None
-    key: Kek | None = field(compare=False)
+    key: Key | None = field(compare=False)
     kek_id: bytes = field(compare=False, repr=False)
     """What its ciphertexts have in front."""
 
@@ -69,7 +79,7 @@ class KeyVersion:
         status: VersionStatus,
         created_at: int,
         wrapped: bytes | None,
-        key: Kek | None,
+        key: Key | None,
     ) -> KeyVersion:
         return cls(version, status, created_at, wrapped, key, ciphertext.kek_id(group, version))
 
@@ -83,9 +93,17 @@ class KeyGroup:
     """A named key. `versions` maps each number ever used to its version, in ascending order."""
 
     key_id: str
+    uuid: bytes
+    """16 random bytes, the same for good: a name may be given to another group one day, this is not."""
+    spec: KeySpec
+    use: KeyUse
     created_at: int
     active: KeyVersion
     versions: Mapping[int, KeyVersion]
+
+    def slot(self, version: int) -> KeySlot:
+        """Where the key of this version belongs."""
+        return KeySlot(self.key_id, self.uuid, self.spec, version)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,8 +117,8 @@ class Keyring:
         """The same keyring, as the next save writes it."""
         return replace(self, generation=self.generation + 1)
 
-    def live_keys(self) -> Iterator[Kek]:
-        """Every live KEK, to be wiped at the end."""
+    def live_keys(self) -> Iterator[Key]:
+        """Every live key, to be wiped at the end."""
         for group in self.groups.values():
             for version in group.versions.values():
                 if version.key is not None:
@@ -110,6 +128,10 @@ class Keyring:
 @dataclass(frozen=True, slots=True)
 class CreateGroup:
     group: str
+    spec: KeySpec = DEFAULT
+    use: KeyUse | None = None
+    """None for the usual one of its kind."""
+    uuid: bytes = field(default_factory=lambda: os.urandom(UUID_BYTES))
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,8 +180,8 @@ def transition(keyring: Keyring, command: Command, *, now: int, mint: Mint) -> K
     For who applies many commands at once: `apply` copies the map of all groups for each.
     """
     match command:
-        case CreateGroup(name):
-            return _created(keyring, name, now, mint)
+        case CreateGroup():
+            return _created(keyring, command, now, mint)
         case RotateGroup(name):
             return _rotated(_find(keyring, name), now, mint)
         case DisableVersion(name, number, for_a_time):
@@ -181,14 +203,15 @@ def _find(keyring: Keyring, name: str) -> KeyGroup:
     return group
 
 
-def _created(keyring: Keyring, name: str, now: int, mint: Mint) -> KeyGroup:
+def _created(keyring: Keyring, command: CreateGroup, now: int, mint: Mint) -> KeyGroup:
+    name, spec = command.group, command.spec
     check_new_name(name)
     if name in keyring.groups:
         raise InvalidRequestError("keyId: the key group exists already")
     if len(keyring.groups) >= MAX_KEY_GROUPS:
         raise InvalidRequestError(f"keyId: there are {MAX_KEY_GROUPS} key groups, the most a keystore holds")
-    active = _minted(name, 1, now, mint)
-    return KeyGroup(name, now, active, {1: active})
+    active = _minted(KeySlot(name, command.uuid, spec, 1), now, mint)
+    return KeyGroup(name, command.uuid, spec, command.use or spec.uses[0], now, active, {1: active})
 
 
 def _rotated(group: KeyGroup, now: int, mint: Mint) -> KeyGroup:
@@ -196,14 +219,14 @@ def _rotated(group: KeyGroup, now: int, mint: Mint) -> KeyGroup:
     if highest >= MAX_VERSION or len(group.versions) >= MAX_VERSIONS_PER_GROUP:
         raise InvalidRequestError("keyId: the key group has as many versions as it can hold; create another")
     retired = replace(group.active, status=VersionStatus.ENABLED)
-    active = _minted(group.key_id, highest + 1, now, mint)
+    active = _minted(group.slot(highest + 1), now, mint)
     versions = {**group.versions, retired.version: retired, active.version: active}
     return replace(group, active=active, versions=versions)
 
 
-def _minted(group: str, version: int, now: int, mint: Mint) -> KeyVersion:
-    kek = mint(group, version)
-    return KeyVersion.build(group, version, VersionStatus.ACTIVE, now, kek.wrapped, kek.key)
+def _minted(slot: KeySlot, now: int, mint: Mint) -> KeyVersion:
+    key, wrapped = mint(slot)
+    return KeyVersion.build(slot.group, slot.version, VersionStatus.ACTIVE, now, wrapped, key)
 
 
 def _with_status(group: KeyGroup, number: int, status: VersionStatus) -> KeyGroup:

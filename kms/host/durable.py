@@ -56,6 +56,10 @@ class DurableFile:
         """Write all of `data`."""
         write_all(self._descriptor, data)
 
+    def sync(self) -> None:
+        """Make durable what was written, so that little is left that could fail in `commit`."""
+        os.fsync(self._descriptor)
+
     def commit(self, last_look: Callable[[], None] = lambda: None) -> None:
         """Make it durable under its name. `OSError` when it failed before the rename, `RenameError` at or after it.
 

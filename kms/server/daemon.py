@@ -45,7 +45,8 @@ from kms.service.usage import Usage
 from kms.service.usage import load as load_usage
 from kms.storage import usage_file
 from kms.storage.audit_log import is_kept
-from kms.storage.file import Keystore, KeystoreLock, initialise, load, raise_costs
+from kms.storage.file import Keystore, initialise, load, raise_costs
+from kms.storage.lock import KeystoreLock
 from kms.storage.passphrases import opening_form
 
 if TYPE_CHECKING:
@@ -141,7 +142,15 @@ def _unlock(
         notes = raise_costs(lock, passphrase, parameters=KdfParameters(), audit_log=log)
         keystore, keyring = load(lock, passphrase)
         for note in [*notes, *keystore.notes]:
-            say(f"keystore of the Java server: {note}")
+            say(note)
+        earlier = keystore.replaces
+        if earlier is not None:
+            # Before the first request: what is answered must not rest on a file that cannot be written.
+            keyring = keystore.migrate()
+            say(
+                f"keystore: of format {earlier} until now, which is kept as {config.keystore.name}.v{earlier}; "
+                "remove that when all is well, since it holds the keys of what is destroyed from now on"
+            )
         return keystore, keyring
     say(f"making a new keystore at {lock.keystore}")
     return initialise(lock, passphrase, now=int(time.time()), parameters=makes_with)

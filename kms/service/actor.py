@@ -14,9 +14,11 @@ up. From there to the save nothing waits: a right taken away later comes too lat
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Final, Protocol
 
 import trio
@@ -55,12 +57,17 @@ class KeyringStore(Protocol):
     @property
     def mint(self) -> Mint: ...
 
-    def save(self, keyring: Keyring) -> None:
-        """Blocking and durable.
+    def commit(self, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
+        """Put the groups that differ in the place of what the generation before had; blocking and durable.
 
-        Raises `SaveFailedError` or `UnavailableError` when nothing was changed, `SaveOutcomeUnknownError` when it may have
-        been, `KeystoreReplacedError` when what is there is not this server's any more.
+        `changed` are whole groups, new ones at the end; the generation is `expected_generation + 1` afterwards. Raises
+        `SaveFailedError` or `UnavailableError` when nothing was changed, `SaveOutcomeUnknownError` when it may have been,
+        `KeystoreReplacedError` when what is there is not this server's any more.
         """
+        ...
+
+    def settle(self) -> None:
+        """Nothing more is committed: leave what there is as it is best kept. Blocking; what fails is no failure."""
         ...
 
 
@@ -122,6 +129,8 @@ class KeyringActor:
             async with self._receive:
                 async for first in self._receive:
                     await self._commit(self._batch(first))
+            with contextlib.suppress(MemoryShortError):
+                await in_thread(self._store.settle, limiter=_one_at_a_time)
 
     async def _submit(self, command: Command, permit: Permit) -> KeyGroup:
         submission = _Submission(command, permit)
@@ -165,17 +174,19 @@ class KeyringActor:
             else:
                 submission.answer = groups[group.key_id] = group
                 applied.append(submission)
-        touched = {submission.command.group for submission in applied}
-        if all(groups[name] is self.current.groups.get(name) for name in touched):
+        # In the order in which they were asked for, which is the one of new groups.
+        touched = dict.fromkeys(submission.command.group for submission in applied)
+        changed = [groups[name] for name in touched if groups[name] is not self.current.groups.get(name)]
+        if not changed:
             return
         saved = draft.next_generation()
         try:
-            await in_thread(self._store.save, saved, limiter=_one_at_a_time)
+            await in_thread(self._store.commit, self.current.generation, changed, limiter=_one_at_a_time)
         except KmsError as error:
             for submission in applied:
                 submission.answer = _answer_to_all(error)
             log.error("%s", error)  # noqa: TRY400 - the message says it all; a traceback belongs to a bug
-            _wipe_dropped(touched, saved, self.current)
+            _wipe_dropped(touched.keys(), saved, self.current)
             if isinstance(error, (SaveOutcomeUnknownError, KeystoreReplacedError)):
                 raise
             return
@@ -204,7 +215,7 @@ _one_at_a_time: Final = trio.CapacityLimiter(math.inf)
 """Saving never waits for a thread that something else occupies; the actor itself runs one at a time."""
 
 
-def _wipe_dropped(groups: set[str], before: Keyring, after: Keyring) -> None:
+def _wipe_dropped(groups: AbstractSet[str], before: Keyring, after: Keyring) -> None:
     """Wipe each key that `before` had and `after` has not: of destroyed versions, or of mutations that were not saved.
 
     `groups` are the names of those that may differ.

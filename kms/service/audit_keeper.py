@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+from collections.abc import Sequence
 from typing import Final
 
 import trio
 
 from kms.core.audit import AuditKeys
-from kms.core.keyring import Keyring, Mint
+from kms.core.keyring import KeyGroup, Mint
 from kms.errors import KmsError, MemoryShortError, UnavailableError
 from kms.limits import AUDIT_SYNC_INTERVAL
 from kms.service.actor import KeyringStore
@@ -127,14 +128,17 @@ class AuditedStore:
     def mint(self) -> Mint:
         return self._store.mint
 
-    def save(self, keyring: Keyring) -> None:
+    def commit(self, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
         """Raises `UnavailableError`, after which nothing was changed, or what the store raises."""
         audit_log = self._keeper.log
         if audit_log is not None:
             audit_log.sync()
-        self._store.save(keyring)
+        self._store.commit(expected_generation, changed)
         if audit_log is not None:
-            audit_log.generation = keyring.generation
+            audit_log.generation = expected_generation + 1
+
+    def settle(self) -> None:
+        self._store.settle()
 
 
 async def _synced(audit_log: AuditLog) -> None:

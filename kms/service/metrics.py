@@ -16,7 +16,7 @@ from __future__ import annotations
 import resource
 import time
 from bisect import bisect_left
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from time import perf_counter
@@ -28,7 +28,7 @@ from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
 from kms.core import ciphertext
-from kms.core.keyring import Keyring, Mint, VersionStatus
+from kms.core.keyring import KeyGroup, Keyring, Mint, VersionStatus
 from kms.core.provider import KeyringHolder
 from kms.errors import SaveFailedError, WireError
 from kms.limits import MAX_METERED_GROUPS
@@ -162,12 +162,12 @@ class MeteredStore:
     def mint(self) -> Mint:
         return self._store.mint
 
-    def save(self, keyring: Keyring) -> None:
-        """Raises what the other's `save` raises."""
+    def commit(self, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
+        """Raises what the other's `commit` raises."""
         began = perf_counter()
         outcome = "unknown"
         try:
-            self._store.save(keyring)
+            self._store.commit(expected_generation, changed)
             outcome = OK
         except SaveFailedError:
             outcome = "failed"
@@ -175,6 +175,9 @@ class MeteredStore:
         finally:
             self._meter.outcomes[outcome] += 1
             self._meter.durations.add(perf_counter() - began)
+
+    def settle(self) -> None:
+        self._store.settle()
 
 
 class Connections(Protocol):

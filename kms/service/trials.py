@@ -26,7 +26,7 @@ from typing import Final, NoReturn
 import msgspec
 import trio
 
-from kms.core.keyring import DisableVersion, KeyGroup, Keyring, KeyVersion, transition
+from kms.core.keyring import DisableVersion, KeyGroup, Keyring, KeySlot, KeyVersion, transition
 from kms.core.policy import Plane, Principal
 from kms.core.provider import KeyringManager, Permit
 from kms.core.usage import TimedDisable, VersionUsage
@@ -240,7 +240,7 @@ class ScheduleAuthenticator(Authenticator):
         return SCHEDULE
 
 
-def _no_key(group: str, version: int) -> NoReturn:
+def _no_key(slot: KeySlot) -> NoReturn:
     raise AssertionError("to disable a version makes no key")
 
 

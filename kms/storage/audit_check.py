@@ -18,7 +18,7 @@ from kms.core.audit_verifier import Verifier
 from kms.errors import DecryptionFailedError, FileAccessError, InputError, InputMissingError
 from kms.limits import MAX_AUDIT_LINE_BYTES, MAX_KEY_CHANGES
 from kms.storage.audit_head import head_path, read_head
-from kms.storage.file import AuditReader
+from kms.storage.audit_reader import AuditReader
 
 _HANDS_OVER: Final = b'"event":"ChangePassphrase"'
 

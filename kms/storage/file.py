@@ -1,207 +1,141 @@
-"""The keystore file: one owner at a time, loaded with suspicion, saved durably."""
+"""The keystore on disk: loaded with suspicion, changed durably, in a file that is written whole and perhaps a journal."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
-from hashlib import sha256
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from threading import Lock
-from types import TracebackType
-from typing import Final, NamedTuple, Self
+from typing import Final, NamedTuple
+from uuid import uuid4
 
 from kms.core.audit import AuditKeys
 from kms.core.derive import KdfParameters
-from kms.core.kek import Kek
-from kms.core.keyring import EMPTY, CreateGroup, Keyring, NewKek, apply
+from kms.core.keyring import EMPTY, CreateGroup, KeyGroup, Keyring, KeySlot, NewKey, apply
 from kms.core.secret import Secret
-from kms.errors import (
-    FileAccessError,
-    InputMissingError,
-    KeystoreError,
-    KeystoreLockedError,
-    KeystoreReplacedError,
-    KmsError,
-    SaveFailedError,
-    SaveOutcomeUnknownError,
-)
-from kms.host import durable, locking
-from kms.host.entropy import random_key
-from kms.host.private import make_private_directory, open_private
-from kms.limits import DEFAULT_KEY_GROUP, KDF_SALT_BYTES, MAX_KEPT_KEYSTORES, MAX_KEYSTORE_BYTES
-from kms.storage import document, legacy, usage_file
+from kms.core.specs import RandomSecret
+from kms.errors import FileAccessError, KeystoreError, KmsError, SaveFailedError, SaveOutcomeUnknownError
+from kms.host import durable
+from kms.host.durable import DurableFile
+from kms.host.entropy import random_secret
+from kms.limits import DEFAULT_KEY_GROUP, JOURNAL_FROM_BYTES, KDF_SALT_BYTES, MAX_KEYSTORE_BYTES, MIN_FOLD_BYTES
+from kms.storage import format2, format4, formats, journal
 from kms.storage.audit_head import head_path
 from kms.storage.audit_log import handing_over
-from kms.storage.document import KdfHeader, RootKeys
+from kms.storage.content import Content, LastLook, Pair, exchanged, read, read_pair
+from kms.storage.format4 import Front
+from kms.storage.journal_file import JournalFile, SyncError
+from kms.storage.lock import KeystoreLock, journal_path, kept_paths, paths_beside
+from kms.storage.root_keys import RootKeys
+from kms.storage.stored import KdfHeader
 
-KeyFactory = Callable[[], Secret]
-
-
-class KeystoreLock:
-    """An exclusive `flock` beside the keystore, held for as long as this is open.
-
-    Whoever holds the lock removes the temp files that killed writers left.
-    """
-
-    def __init__(self, keystore: Path) -> None:
-        """Raises `KeystoreLockedError` with the holder's pid, `FileAccessError`, or `SecretFileError`."""
-        self.keystore: Final = keystore
-        make_private_directory(keystore.parent)
-        path = keystore.with_name(keystore.name + ".lock")
-        self._path = path
-        try:
-            self._descriptor = locking.hold(path)
-        except locking.LockHeldError as error:
-            raise KeystoreLockedError(
-                f"the keystore {keystore} is in use by process {error.holder}; stop it first"
-            ) from None
-        except OSError as error:
-            raise FileAccessError(f"cannot lock {path}: {error.strerror}") from error
-        try:
-            for written in (keystore, usage_file.path_of(keystore), *_kept_paths(keystore)):
-                durable.remove_stale_temp_files(written)
-        except OSError as error:
-            os.close(self._descriptor)
-            raise FileAccessError(f"cannot write to the directory {keystore.parent}: {error.strerror}") from error
-
-    def is_held(self) -> bool:
-        """Whether it is still the lock that others would have to take."""
-        return locking.is_held(self._path, self._descriptor)
-
-    def close(self) -> None:
-        # It is released all the same, and must not make a failure of what was done under it.
-        with contextlib.suppress(OSError):
-            os.close(self._descriptor)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
+log: Final = logging.getLogger(__name__)
 
 
-class _Content(NamedTuple):
-    """A keystore's file as it was read."""
+class Replaced(NamedTuple):
+    """A file of an earlier format, to be kept before another is put in its place."""
 
+    version: int
     raw: bytes
-    state: os.stat_result
-    """From before it was read: what is written to it meanwhile shows."""
-
-
-class _LastLook:
-    """What was at a keystore's path when it was last read or written, to be looked at again before the next save.
-
-    A lock holds only those who ask for it, and only for as long as its file has its name. Who removes it, or puts
-    another keystore in the place of this one, has a second server's keys there, or a backup's: saved over, they are lost.
-    """
-
-    def __init__(self, lock: KeystoreLock, there: _Content | None) -> None:
-        """`there` is what was read; None where there has to be nothing."""
-        self._lock = lock
-        self._digest = None if there is None else sha256(there.raw).digest()
-        # That of the file which was read: by now, behind a key derivation, there may be another.
-        self._identity = None if there is None else _identified(there.state)
-
-    def was_saved(self, content: bytes | bytearray, written: os.stat_result | None) -> None:
-        """From now on this is what has to be there. `written` is the state of the file before it had its name."""
-        self._digest, self._identity = sha256(content).digest(), None
-        # Where it cannot be told now, or is another's already, the content decides the next time.
-        with contextlib.suppress(OSError):
-            found = _identity(self._lock.keystore)
-            if written is not None and found is not None and found[:4] == _identified(written)[:4]:
-                self._identity = found
-
-    def __call__(self) -> None:
-        """Raises `KeystoreReplacedError` when it is not there any more, `OSError` when that cannot be told."""
-        path = self._lock.keystore
-        if not self._lock.is_held():
-            raise KeystoreReplacedError(
-                f"the lock of {path} was removed or exchanged, and another server may use that keystore; nothing was "
-                "saved. Stop all but one, look which keystore is the right one, and start again"
-            )
-        found = _identity(path)
-        if found is None and self._digest is None:
-            return
-        if found is not None and found == self._identity:
-            return
-        # A backup that makes a hard link, or a chown, changes what is told of a file, but not what is in it.
-        if found is not None and self._holds_the_same(path):
-            self._identity = found
-            return
-        what = "removed" if found is None else "exchanged"
-        raise KeystoreReplacedError(
-            f"{path} is not the keystore that was saved here last: somebody has {what} it. "
-            "Nothing was saved; look which is the right one, and start again"
-        )
-
-    def _holds_the_same(self, path: Path) -> bool:
-        try:
-            return sha256(read(path)).digest() == self._digest
-        except FileAccessError as error:
-            raise OSError(errno.EIO, str(error)) from error
-        except KmsError:
-            # Missing by now, larger than any keystore, or not private: none of ours.
-            return False
-
-
-def _identity(path: Path) -> tuple[int, ...] | None:
-    try:
-        return _identified(os.lstat(path))
-    except FileNotFoundError:
-        return None
-
-
-def _identified(state: os.stat_result) -> tuple[int, ...]:
-    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
 class Keystore:
-    """An unlocked keystore: makes KEKs for it and saves keyrings into it. Blocking; one thread at a time."""
+    """An unlocked keystore: makes keys for it and commits changes to it. Blocking; one thread at a time.
+
+    What is smaller than JOURNAL_FROM_BYTES is written whole for each change, which costs no more than a journal, and leaves
+    one file, of which any copy is a backup. What is larger gets a journal. A change that destroys a key is always written
+    whole, and the journal begun anew, so that none of the two has that key any more.
+    """
 
     def __init__(
         self,
         lock: KeystoreLock,
-        there: _Content | None,
-        header: KdfHeader,
+        there: Content | None,
+        front: Front,
         keys: RootKeys,
+        keyring: Keyring,
         *,
-        root_check: bytes | None = None,
-        replaces: bytes | None = None,
+        journal_file: JournalFile | None = None,
+        former_journal: str | None = None,
+        replaces: Replaced | None = None,
         notes: Sequence[str] = (),
-        new_key: KeyFactory = random_key,
+        trouble: KeystoreError | None = None,
+        random: RandomSecret = random_secret,
     ) -> None:
-        """`there` is what the file holds, None where there is none yet.
+        """`there` is what the file holds, None where there is none yet, and `keyring` what is in it and in its journal.
 
-        `replaces` is a format 2 file that is kept, whole, before the first save puts another in its place; `notes` is
-        what its reader has to say of it.
+        `former_journal` is what a journal may be called that is still there, and that all is in the file of; `notes` is
+        what the reader of the file has to say.
         """
         self.notes: Final = tuple(notes)
         """What could not be kept as it was when it was opened, for people."""
+        self.trouble: Final = trouble
+        """Why its journal could not be read, of one that was opened without."""
         self.path = lock.keystore
-        self._last_look = _LastLook(lock, there)
+        self._last_look = LastLook(lock, there)
         self._looking = Lock()
-        self._header = header
+        self._front = front
         self._keys = keys
-        self._root_check = keys.seal_check() if root_check is None else root_check
+        self._keyring = Keyring(keyring.generation, dict(keyring.groups))
+        self._journal = journal_file
+        self._former_journal = former_journal
         self._replaces = replaces
-        self._new_key = new_key
-        self._encoder = document.Encoder()
+        self._random = random
+        self._encoder = format4.Encoder()
+        self._file_bytes = 0 if there is None else len(there.raw)
 
-    def mint(self, group: str, version: int) -> NewKek:
-        """A fresh KEK, wrapped for its slot."""
-        with self._new_key() as kek:
-            return NewKek(Kek(kek), self._keys.wrap_kek(group, version, kek))
+    @property
+    def replaces(self) -> int | None:
+        """The format of the file that is there, if that is an earlier one: the first commit keeps it, whole."""
+        return None if self._replaces is None else self._replaces.version
 
-    def save(self, keyring: Keyring) -> None:
-        """Put `keyring` on disk; when this returns it is durable.
+    def mint(self, slot: KeySlot) -> NewKey:
+        """A fresh key, wrapped for its slot."""
+        with slot.spec.make(self._random) as material:
+            return NewKey(slot.spec.load(material), self._keys.wrap(slot, material))
 
-        Raises `SaveFailedError` when nothing has happened to the file, `SaveOutcomeUnknownError` when it may have, and
+    def commit(self, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
+        """Put `changed` in the place of what there is of these groups; when this returns it is durable.
+
+        Raises `SaveFailedError` when nothing has happened, `SaveOutcomeUnknownError` when it may have, and
         `KeystoreReplacedError` when it is another's by now.
         """
         with self._looking:
-            self._save(keyring)
+            if expected_generation != self._keyring.generation:
+                raise SaveFailedError(
+                    f"cannot save {self.path}: it has generation {self._keyring.generation}, not {expected_generation}"
+                )
+            groups = {**self._keyring.groups, **{group.key_id: group for group in changed}}
+            after = Keyring(expected_generation + 1, groups)
+            if not self._append(after, changed):
+                self._write(after, with_journal=self._file_bytes >= JOURNAL_FROM_BYTES)
+            self._keyring = after
+
+    def settle(self) -> None:
+        """Fold the journal, so that what is left behind is one file. What fails is told in the log, and no failure."""
+        with self._looking:
+            if self._journal is None:
+                return
+            try:
+                self._write(self._keyring, with_journal=False)
+            except KmsError as error:
+                log.warning("the journal of the keystore stays beside it: %s", error)
+
+    def write_whole(self) -> None:
+        """Write all of it anew, in one file, as the next generation; raises as `commit`."""
+        with self._looking:
+            after = self._keyring.next_generation()
+            self._write(after, with_journal=False)
+            self._keyring = after
+
+    def migrate(self) -> Keyring:
+        """Write what was of an earlier format in the present one; the keyring as it is then. Raises as `commit`."""
+        self.commit(self._keyring.generation, ())
+        return self._keyring
 
     def look(self) -> None:
         """Raise `KeystoreReplacedError` when what is there is not what was saved here last, `OSError` when nobody knows.
@@ -211,42 +145,6 @@ class Keystore:
         with self._looking:
             self._last_look()
 
-    def _save(self, keyring: Keyring) -> None:
-        content = self._encoder.encode(keyring, self._header, self._root_check, self._keys)
-        if len(content) > MAX_KEYSTORE_BYTES:
-            raise SaveFailedError(f"cannot save {self.path}: it would be larger than any keystore; nothing was changed")
-        try:
-            if self._replaces is not None:
-                self._keep_replaced(self._replaces)
-            written = durable.write_file(self.path, content, self._last_look)
-        except durable.RenameError as error:
-            raise SaveOutcomeUnknownError(
-                f"saving {self.path} failed at its last step ({error.strerror}); check the disk, then start again"
-            ) from error
-        except OSError as error:
-            remedy = _REMEDIES.get(error.errno or 0, "")
-            raise SaveFailedError(f"cannot save {self.path}: {error.strerror}; nothing was changed{remedy}") from error
-        self._last_look.was_saved(content, written)
-        self._replaces = None
-
-    def _keep_replaced(self, raw: bytes) -> None:
-        for kept in _kept_paths(self.path):
-            if not os.path.lexists(kept):
-                break
-            if _holds(kept, raw):
-                # Kept by a save that went no further, perhaps not even as far as making this name durable.
-                durable.sync_names(kept.parent)
-                return
-        else:
-            raise SaveFailedError(
-                f"cannot keep the format 2 file of {self.path}: {kept} and those before it hold others; move them away"
-            )
-        try:
-            durable.write_file(kept, raw)
-        except durable.RenameError as error:
-            # The keystore itself is untouched, so this is a failure whose outcome is known.
-            raise OSError(error.errno, error.strerror) from error
-
     @property
     def audit_keys(self) -> AuditKeys:
         """What the audit log of this keystore is under; they are wiped with it."""
@@ -255,6 +153,98 @@ class Keystore:
     def wipe(self) -> None:
         """Wipe the sub-keys of the root key. The keystore cannot be used afterwards."""
         self._keys.wipe()
+        if self._journal is not None:
+            self._journal.close()
+
+    def _append(self, after: Keyring, changed: Sequence[KeyGroup]) -> bool:
+        """Write `changed` into the journal; whether it is to be written so."""
+        file = self._journal
+        if file is None or any(self._loses_a_key(group) for group in changed):
+            return False
+        line = journal.record(after.generation, file.last, list(map(self._encoder.group, changed)), self._keys.journal_mac)
+        if file.length + len(line) > max(MIN_FOLD_BYTES, self._file_bytes):
+            return False
+        with self._translated():
+            self._last_look()
+            file.append(line)
+        return True
+
+    def _loses_a_key(self, group: KeyGroup) -> bool:
+        before = self._keyring.groups.get(group.key_id)
+        if before is None or before.versions is group.versions:
+            return False
+        return any(v.wrapped is not None and group.versions[v.version].wrapped is None for v in before.versions.values())
+
+    def _write(self, keyring: Keyring, *, with_journal: bool) -> None:
+        """Put all of `keyring` on disk in one file, and begin its journal anew or have none."""
+        place = journal_path(self.path)
+        former = self._former_journal if self._journal is None else self._front.journal
+        named = str(uuid4()) if with_journal else None
+        front = replace(self._front, journal=named, former_journal=former)
+        content = self._encoder.encode(keyring, front, self._keys)
+        if len(content) > MAX_KEYSTORE_BYTES:
+            raise SaveFailedError(f"cannot save {self.path}: it would be larger than any keystore; nothing was changed")
+        with self._translated(), contextlib.ExitStack() as files:
+            if self._replaces is not None:
+                self._keep_replaced(self._replaces)
+            begun: DurableFile | None = None
+            start = b""
+            if named is not None:
+                # As much as can fail does so before the keystore is touched.
+                begun = files.enter_context(DurableFile(place))
+                start = journal.header(named, keyring.generation, self._keys.journal_mac)
+                begun.write(start)
+                begun.sync()
+            if self._journal is None and former is None and os.path.lexists(place):
+                raise exchanged(place, "made")
+            written = durable.write_file(self.path, content, self._last_look)
+            self._last_look.was_saved(content, written)
+            self._file_bytes = len(content)
+            try:
+                if begun is not None:
+                    begun.commit()
+                elif former is not None:
+                    place.unlink(missing_ok=True)
+                    durable.sync_names(place.parent)
+            except OSError as error:
+                raise durable.RenameError(error.errno, error.strerror, str(place)) from error
+        if self._journal is not None:
+            self._journal.close()
+        self._front = front
+        self._journal = None if named is None else JournalFile(place, len(start), journal.mac_of(start))
+        self._former_journal = None
+        self._replaces = None
+
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        try:
+            yield
+        except (durable.RenameError, SyncError) as error:
+            raise SaveOutcomeUnknownError(
+                f"saving {self.path} failed at its last step ({error.strerror}); check the disk, then start again"
+            ) from error
+        except OSError as error:
+            remedy = _REMEDIES.get(error.errno or 0, "")
+            raise SaveFailedError(f"cannot save {self.path}: {error.strerror}; nothing was changed{remedy}") from error
+
+    def _keep_replaced(self, replaced: Replaced) -> None:
+        for kept in kept_paths(self.path, replaced.version):
+            if not os.path.lexists(kept):
+                break
+            if _holds(kept, replaced.raw):
+                # Kept by a save that went no further, perhaps not even as far as making this name durable.
+                durable.sync_names(kept.parent)
+                return
+        else:
+            raise SaveFailedError(
+                f"cannot keep the format {replaced.version} file of {self.path}: {kept} and those before it hold others; "
+                "move them away"
+            )
+        try:
+            durable.write_file(kept, replaced.raw)
+        except durable.RenameError as error:
+            # The keystore itself is untouched, so this is a failure whose outcome is known.
+            raise OSError(error.errno, error.strerror) from error
 
 
 _REMEDIES: Final = {
@@ -263,17 +253,6 @@ _REMEDIES: Final = {
     errno.EROFS: ". Mount its file system to be written to",
     errno.EPERM: ". It may be immutable: chattr -i",
 }
-
-
-def _kept_paths(keystore: Path) -> Iterator[Path]:
-    """Where a format 2 file is kept when it is migrated: under the first of these names that no other file has.
-
-    A kept file may be of another keystore, when a backup was put in this one's place. It is somebody's only copy, so it
-    is never replaced, and it is no reason to refuse a rotation until a person comes to move it.
-    """
-    yield keystore.with_name(f"{keystore.name}.v2")
-    for number in range(1, MAX_KEPT_KEYSTORES):
-        yield keystore.with_name(f"{keystore.name}.v2.{number}")
 
 
 def _holds(path: Path, raw: bytes) -> bool:
@@ -290,8 +269,7 @@ def trace_of_another(keystore: Path, audit_log: Path | None) -> Path | None:
     Its lock is none. Whoever tries to start a server leaves that.
     """
     logs = () if audit_log is None else (audit_log, head_path(audit_log))
-    beside = (usage_file.path_of(keystore), *_kept_paths(keystore), *logs)
-    found = next((path for path in beside if os.path.lexists(path)), None)
+    found = next((path for path in (*paths_beside(keystore), *logs) if os.path.lexists(path)), None)
     if found is None and keystore.parent.is_dir():
         found = next(iter(sorted(durable.temp_files(keystore))), None)
     return found
@@ -303,7 +281,7 @@ def initialise(
     *,
     now: int,
     parameters: KdfParameters,
-    new_key: KeyFactory = random_key,
+    random: RandomSecret = random_secret,
 ) -> tuple[Keystore, Keyring]:
     """Make a keystore whose keyring has the group `default`; raises `KeystoreError` when there is one already."""
     path = lock.keystore
@@ -311,85 +289,109 @@ def initialise(
         raise KeystoreError(f"there is a keystore at {path} already; it is not touched")
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
     with header.derive(passphrase) as root:
-        keystore = Keystore(lock, None, header, RootKeys(root), new_key=new_key)
+        keys = RootKeys(root)
+    keystore = Keystore(lock, None, Front(header, keys.seal_check()), keys, EMPTY, random=random)
     keyring = apply(EMPTY, CreateGroup(DEFAULT_KEY_GROUP), now=now, mint=keystore.mint).next_generation()
-    keystore.save(keyring)
+    keystore.commit(EMPTY.generation, tuple(keyring.groups.values()))
     return keystore, keyring
 
 
-def load(lock: KeystoreLock, passphrase: Secret, *, new_key: KeyFactory = random_key) -> tuple[Keystore, Keyring]:
-    """Unlock the keystore; format 2 is migrated in memory and on disk at its first save.
+def load(
+    lock: KeystoreLock, passphrase: Secret, *, random: RandomSecret = random_secret, salvages: bool = False
+) -> tuple[Keystore, Keyring]:
+    """Unlock the keystore; what is of an earlier format is migrated in memory, and on disk at its first commit.
 
-    Its name is made durable first. A save that was killed between its rename and the fsync of the directory has left a
-    keystore that a power cut could still take back, and with it the key of whatever is encrypted from now on.
+    Its names and its journal are made durable first. A save that was killed between its rename and the fsync of the
+    directory has left a keystore that a power cut could still take back, and with it the key of whatever is encrypted from
+    now on. Who `salvages` gets what is left where the journal is missing or damaged.
 
     Raises `InputMissingError`, `SecretFileError` for a file that is not private, `WrongPassphraseError`,
-    `KeystoreError` when it was altered, or `FileAccessError`. Whatever it raises, the file was not touched.
+    `KeystoreError` when it was altered, or `FileAccessError`. Whatever it raises, the files were not touched.
     """
     try:
         durable.sync_names(lock.keystore.parent)
     except OSError as error:
         raise FileAccessError(f"cannot make {lock.keystore} durable: {error.strerror}; check the disk") from error
-    there = _read(lock.keystore)
-    raw = there.raw
-    with _naming(lock.keystore), contextlib.ExitStack() as unless_opened:
-        if document.format_version(raw) == legacy.FORMAT:
-            old = legacy.Sealed(raw)
-            with old.header.derive(passphrase) as root:
-                keys = RootKeys(root)
-                unless_opened.callback(keys.wipe)
-                keyring = old.open(root, keys.wrap_kek)
-            keystore = Keystore(lock, there, old.header, keys, replaces=raw, notes=old.notes, new_key=new_key)
-        else:
-            sealed = document.Sealed(raw)
-            with sealed.header.derive(passphrase) as root:
-                keys = RootKeys(root)
+    pair = read_pair(lock.keystore, durably=True)
+    with naming(lock.keystore), contextlib.ExitStack() as unless_opened:
+        opener = formats.opener(pair, salvages=salvages)
+        with opener.header.derive(passphrase) as root:
+            keys = RootKeys(root)
             unless_opened.callback(keys.wipe)
-            keyring = sealed.open(keys)
-            keystore = Keystore(lock, there, sealed.header, keys, root_check=sealed.root_check, new_key=new_key)
+            # What is of this format is wrapped already as it is to be.
+            keyring = opener.open(root) if isinstance(opener, format4.Sealed) else opener.open(root, keys.wrap)
+        keystore = _opened(lock, pair, opener, keys, keyring, random)
         unless_opened.pop_all()
     return keystore, keyring
+
+
+def _opened(
+    lock: KeystoreLock, pair: Pair, opener: formats.AnyOpener, keys: RootKeys, keyring: Keyring, random: RandomSecret
+) -> Keystore:
+    there = pair.file
+    if not isinstance(opener, format4.Sealed):
+        front = Front(opener.header, keys.seal_check())
+        replaces = Replaced(formats.version_of(there.raw), there.raw)
+        return Keystore(lock, there, front, keys, keyring, replaces=replaces, notes=opener.notes, random=random)
+    found = opener.journal
+    file = None
+    if found is not None:
+        file = JournalFile(journal_path(lock.keystore), found.length, found.last, torn=found.torn)
+    return Keystore(
+        lock,
+        there,
+        opener.front,
+        keys,
+        keyring,
+        journal_file=file,
+        former_journal=_left_behind(pair, opener),
+        notes=opener.notes,
+        trouble=opener.trouble,
+        random=random,
+    )
+
+
+def _left_behind(pair: Pair, opener: format4.Sealed) -> str | None:
+    """What a journal is called that is there, and that nothing goes on from."""
+    if pair.journal is None:
+        return None
+    return opener.front.journal if opener.trouble is not None else opener.front.former_journal
 
 
 def change_passphrase(
     lock: KeystoreLock, old: Secret, new: Secret, *, parameters: KdfParameters, audit_log: Path | None = None
 ) -> Sequence[str]:
-    """Wrap every KEK under a new root key, from `new` and a new salt. Groups, versions and states stay as they are.
+    """Wrap every key under a new root key, from `new` and a new salt. Groups, versions and states stay as they are.
 
     The `audit_log`, if there is one, goes on under the new key, and says so. Returns what could not be kept as it was, for
     people.
 
-    Raises what `load`, `Keystore.save` and opening an `AuditLog` raise. The KDF's costs become `parameters`.
+    Raises what `load`, `Keystore.commit` and opening an `AuditLog` raise. The KDF's costs become `parameters`.
     """
     header = KdfHeader(parameters, os.urandom(KDF_SALT_BYTES))
-    there = _read(lock.keystore)
-    raw = there.raw
-    with _naming(lock.keystore), contextlib.ExitStack() as wipes:
+    pair = read_pair(lock.keystore)
+    with naming(lock.keystore), contextlib.ExitStack() as wipes:
+        opener = formats.opener(pair)
         with header.derive(new) as new_root:
-            new_keys = RootKeys(new_root)
-        wipes.callback(new_keys.wipe)
-        replaces: bytes | None = None
-        notes: Sequence[str] = ()
-        if document.format_version(raw) == legacy.FORMAT:
-            replaces = raw
-            sealed_v2 = legacy.Sealed(raw)
-            with sealed_v2.header.derive(old) as root:
-                old_keys = RootKeys(root)
-                wipes.callback(old_keys.wipe)
-                keyring = sealed_v2.open(root, new_keys.wrap_kek)
-            notes = sealed_v2.notes
-        else:
-            sealed = document.Sealed(raw)
-            with sealed.header.derive(old) as root:
-                old_keys = RootKeys(root)
-            wipes.callback(old_keys.wipe)
-            keyring = sealed.open(old_keys, new_keys.wrap_kek)
+            keys = RootKeys(new_root)
+        wipes.callback(keys.wipe)
+        with opener.header.derive(old) as root:
+            old_keys = wipes.enter_context(RootKeys(root))
+            keyring = opener.open(root, keys.wrap)
         for key in keyring.live_keys():
             wipes.callback(key.wipe)
         if audit_log is not None:
-            wipes.enter_context(handing_over(audit_log, old_keys.audit, new_keys.audit, generation=keyring.generation))
-        Keystore(lock, there, header, new_keys, replaces=replaces).save(keyring.next_generation())
-        return notes
+            wipes.enter_context(handing_over(audit_log, old_keys.audit, keys.audit, generation=keyring.generation))
+        front = Front(header, keys.seal_check())
+        if isinstance(opener, format4.Sealed):
+            # All of a journal goes into the file, whatever becomes of it: its MACs are under the old key.
+            former = opener.front.former_journal if opener.journal is None else opener.front.journal
+            keystore = Keystore(lock, pair.file, front, keys, keyring, former_journal=former)
+        else:
+            replaces = Replaced(formats.version_of(pair.file.raw), pair.file.raw)
+            keystore = Keystore(lock, pair.file, front, keys, keyring, replaces=replaces)
+        keystore.write_whole()
+        return opener.notes
 
 
 def raise_costs(
@@ -398,20 +400,21 @@ def raise_costs(
     """Migrate a keystore of format 2 whose KDF costs less than `parameters`, to what costs at least that.
 
     Whoever took a copy of it guesses passphrases at what it cost then; who takes one of this has to pay what is usual
-    today. Nothing is done to format 3, whose costs somebody here has chosen. Returns what was done, for people. Raises
+    today. Nothing is done to later formats, whose costs somebody here has chosen. Returns what was done, for people. Raises
     what `load` raises; a save that fails leaves all as it is.
     """
     raw = read(lock.keystore)
-    with _naming(lock.keystore):
-        if document.format_version(raw) != legacy.FORMAT:
+    with naming(lock.keystore):
+        if formats.version_of(raw) != format2.FORMAT:
             return ()
-        found = legacy.Sealed(raw).header.parameters
+        found = format2.Sealed(raw).header.parameters
     raised = KdfParameters(
         max(found.memory_kib, parameters.memory_kib), max(found.iterations, parameters.iterations), parameters.parallelism
     )
     if (found.memory_kib, found.iterations) == (raised.memory_kib, raised.iterations):
         return ()
-    weak = f"each guess at its passphrase costs only {found.memory_kib} KiB of memory and {found.iterations} passes"
+    costs = f"{found.memory_kib} KiB of memory and {found.iterations} passes"
+    weak = f"keystore of the Java server: each guess at its passphrase costs only {costs}"
     try:
         notes = change_passphrase(lock, passphrase, passphrase, parameters=raised, audit_log=audit_log)
     except SaveFailedError as error:
@@ -420,69 +423,10 @@ def raise_costs(
     return [*notes, f"{weak}: it is {strong}, and as before for the file that is kept as {lock.keystore.name}.v2"]
 
 
-class AuditReader:
-    """What verifying an audit log needs of a keystore: its keys and its generation. Needs no lock, and opens no KEK."""
-
-    def __init__(self, path: Path, passphrase: Secret) -> None:
-        """Raises what `load` raises."""
-        self.path: Final = path
-        raw = read(path)
-        with _naming(path):
-            sealed = legacy.Sealed(raw) if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw)
-            with sealed.header.derive(passphrase) as root:
-                self._keys = RootKeys(root)
-                try:
-                    if isinstance(sealed, legacy.Sealed):
-                        sealed.authenticate(root)
-                    else:
-                        sealed.authenticate(self._keys)
-                except BaseException:
-                    self._keys.wipe()
-                    raise
-
-    @property
-    def keys(self) -> AuditKeys:
-        """They are wiped with this."""
-        return self._keys.audit
-
-    def generation(self) -> int:
-        """The generation on disk now, which is that of a server that is running; raises what `load` raises."""
-        raw = read(self.path)
-        with _naming(self.path):
-            # A keystore of format 2 has none; its first one comes with format 3.
-            return 0 if document.format_version(raw) == legacy.FORMAT else document.Sealed(raw).authenticate(self._keys)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._keys.wipe()
-
-
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Tell, of what is wrong with a keystore's content, in which file."""
     try:
         yield
     except KeystoreError as error:
         raise KeystoreError(f"{path}: {error}") from None
-
-
-def read(path: Path) -> bytes:
-    """The raw file, if it is private and of a size a keystore may have."""
-    return _read(path).raw
-
-
-def _read(path: Path) -> _Content:
-    try:
-        descriptor = open_private(path)
-    except InputMissingError:
-        raise InputMissingError(f"there is no keystore at {path}; make one with: kms-admin init") from None
-    with os.fdopen(descriptor, "rb") as file:
-        state = os.fstat(file.fileno())
-        if state.st_size > MAX_KEYSTORE_BYTES:
-            raise KeystoreError(f"{path} is larger than any keystore; name the right file")
-        try:
-            return _Content(file.read(), state)
-        except OSError as error:
-            raise FileAccessError(f"cannot read {path}: {error.strerror}") from error

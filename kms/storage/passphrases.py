@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kms.core.secret import Passphrase, Secret
 from kms.errors import InputError, WrongPassphraseError
-from kms.storage.file import AuditReader
+from kms.storage.audit_reader import AuditReader
 
 
 def check(keystore: Path, passphrase: Secret) -> None:

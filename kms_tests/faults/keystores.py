@@ -10,8 +10,9 @@ from typing import Any, Final
 from kms.core.keyring import Command, CreateGroup, DisableVersion, Keyring, RotateGroup, apply, transition
 from kms.core.secret import Secret
 from kms.storage import file
-from kms.storage.file import KeystoreLock
-from kms_tests import format2
+from kms.storage.lock import KeystoreLock
+from kms_tests import java_keystore
+from kms_tests.commits import commit
 from kms_tests.faults.program import TINY
 from kms_tests.integration.processes import PASSPHRASE
 
@@ -59,16 +60,16 @@ def make(keystore: Path, *, format_2: bool = False) -> None:
     """A keystore with the groups `BEFORE`, in a directory that is there, in the place of any that is there."""
     keystore.unlink(missing_ok=True)
     if format_2:
-        versions = [format2.Version(number, status) for number, status in BEFORE["default"].items()]
+        versions = [java_keystore.Version(number, status) for number, status in BEFORE["default"].items()]
         keystore.touch(mode=0o600)
-        keystore.write_bytes(format2.write([format2.Group("default", 4, versions)], PASSPHRASE))
+        keystore.write_bytes(java_keystore.write([java_keystore.Group("default", 4, versions)], PASSPHRASE))
         return
     with KeystoreLock(keystore) as lock:
         store, keyring = file.initialise(lock, secret(), now=1, parameters=TINY)
         commands: list[Command] = [RotateGroup("default")] * 3
         for command in [*commands, DisableVersion("default", 2)]:
             keyring = apply(keyring, command, now=1, mint=store.mint)
-        store.save(keyring)
+        commit(store, keyring)
 
 
 def make_large(keystore: Path, *, groups: int, versions: int) -> None:
@@ -83,7 +84,7 @@ def make_large(keystore: Path, *, groups: int, versions: int) -> None:
             commands: list[Command] = [RotateGroup(name)] * (versions - 1)
             for command in [*([CreateGroup(name)] if number else []), *commands]:
                 made[name] = transition(draft, command, now=1, mint=store.mint)
-        store.save(draft.next_generation())
+        commit(store, draft.next_generation())
 
 
 def load(keystore: Path, passphrase: str = PASSPHRASE) -> Keyring:

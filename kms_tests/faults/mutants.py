@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,14 +15,14 @@ from kms.storage.file import Keystore
 
 def reply_before_save() -> None:
     """Answer at once, and save a moment later."""
-    save = Keystore.save
+    commit = Keystore.commit
     writer = ThreadPoolExecutor(1)
 
-    def save_later(store: Keystore, new: Keyring) -> None:
+    def commit_later(store: Keystore, expected_generation: int, changed: Sequence[KeyGroup]) -> None:
         writer.submit(time.sleep, 0.1)
-        writer.submit(save, store, new)
+        writer.submit(commit, store, expected_generation, changed)
 
-    Keystore.save = save_later  # type: ignore[assignment, method-assign]
+    Keystore.commit = commit_later  # type: ignore[assignment, method-assign]
 
 
 def lose_updates() -> None:
@@ -51,8 +52,8 @@ def reuse_numbers() -> None:
         if not destroyed:
             return group
         number = destroyed[0]
-        kek = mint(command.group, number)
-        active = core.KeyVersion.build(command.group, number, VersionStatus.ACTIVE, now, kek.wrapped, kek.key)
+        key, wrapped = mint(group.slot(number))
+        active = core.KeyVersion.build(command.group, number, VersionStatus.ACTIVE, now, wrapped, key)
         versions = {n: version for n, version in group.versions.items() if n != group.active.version} | {number: active}
         return replace(group, active=active, versions=versions)
 

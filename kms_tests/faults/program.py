@@ -86,8 +86,9 @@ def command(name: str, *arguments: str, mutant: str = "sound") -> list[str]:
 def _load(keystore: Path) -> int:
     from kms.core.secret import Secret
     from kms.storage import file
+    from kms.storage.lock import KeystoreLock
 
-    with file.KeystoreLock(keystore) as lock:
+    with KeystoreLock(keystore) as lock:
         _, keyring = file.load(lock, Secret(bytearray(os.environb[b"MINIKMS_PASSPHRASE"])))
     print(keyring.generation)
     return 0
@@ -96,8 +97,9 @@ def _load(keystore: Path) -> int:
 def _raise(keystore: Path) -> int:
     from kms.core.secret import Secret
     from kms.storage import file
+    from kms.storage.lock import KeystoreLock
 
-    with file.KeystoreLock(keystore) as lock:
+    with KeystoreLock(keystore) as lock:
         passphrase = Secret(bytearray(os.environb[b"MINIKMS_PASSPHRASE"]))
         return 0 if file.raise_costs(lock, passphrase, parameters=KdfParameters(16, 1, 1)) else 1
 

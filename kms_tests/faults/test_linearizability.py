@@ -24,7 +24,8 @@ import pytest
 from kms.core import ciphertext
 from kms.core.derive import KdfParameters
 from kms.core.secret import Secret
-from kms.storage.file import KeystoreLock, initialise
+from kms.storage.file import initialise
+from kms.storage.lock import KeystoreLock
 from kms_tests.faults.linearizability import Call, Done, Group, Kind, Operation, Refused, Reply, Saw, Sealed, objection
 from kms_tests.integration.processes import DEADLINE, PASSPHRASE, Machine, Server, eventually
 

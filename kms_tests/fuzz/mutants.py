@@ -15,7 +15,7 @@ from kms.core.kek import Kek
 from kms.core.keyring import KeyVersion, VersionStatus
 from kms.errors import DecryptionFailedError
 from kms.server import config
-from kms.storage import document, legacy
+from kms.storage import format2, format3, format4, journal, stored
 from kms.wire import messages
 from kms_tests.fuzz import targets
 
@@ -82,9 +82,13 @@ def _open_chunk(_self: ChunkOpener, _sealed: memoryview, output: memoryview, *, 
     output[:] = bytes(len(output))
 
 
-def _build_any_version(group: str, stored: Any, unwrap: Any, rewrap: Any) -> Any:
+def _build_any_version(slot: Any, stored: Any, unwrap: Any, rewrap: Any) -> Any:
     status = VersionStatus.__members__.get(stored.status, VersionStatus.ENABLED)
-    return KeyVersion.build(group, max(1, stored.version) & 0xFFFF or 1, status, 0, stored.wrapped, None)
+    return KeyVersion.build(slot.group, max(1, stored.version) & 0xFFFF or 1, status, 0, b"", None)
+
+
+def _body_of_any(line: bytes, mac: Any) -> bytes | None:
+    return line[: -journal._TAIL_BYTES] + b"}" if len(line) > journal._TAIL_BYTES else None
 
 
 MUTANTS: Final = {
@@ -116,14 +120,21 @@ MUTANTS: Final = {
     "a file whose commitment is not verified": Mutant(
         "container", "ForgedError", _replacing(mke2, "opened", lambda header, key, aad: mke2.keys(key, header.salt, aad)[1])
     ),
+    "a format 4 keystore whose MAC is not checked": Mutant(
+        "keystore-4", "ForgedError", _replacing(format4, "check_mac", lambda _expected, _presented: None)
+    ),
+    "a journal whose MACs are not checked": Mutant("journal", "ForgedError", _replacing(journal, "_body", _body_of_any)),
+    "a journal whose damage is taken for a torn end": Mutant(
+        "journal", "IllegalError", _replacing(journal, "_is_torn", lambda _rest, _mac: True)
+    ),
     "a format 3 keystore whose MAC is not checked": Mutant(
-        "keystore-3", "ForgedError", _replacing(document, "check_mac", lambda _expected, _presented: None)
+        "keystore-3", "ForgedError", _replacing(format3, "check_mac", lambda _expected, _presented: None)
     ),
     "a format 2 keystore whose MAC is not checked": Mutant(
-        "keystore-2", "ForgedError", _replacing(legacy, "check_mac", lambda _expected, _presented: None)
+        "keystore-2", "ForgedError", _replacing(format2, "check_mac", lambda _expected, _presented: None)
     ),
     "a keystore whose versions are believed because its MAC is right": Mutant(
-        "keystore-3-resealed", "IllegalError", _replacing(document, "_build_version", _build_any_version)
+        "keystore-4-resealed", "IllegalError", _replacing(stored, "_build_version", _build_any_version)
     ),
     "a number out of its bounds": Mutant(
         "config", "IllegalError", _replacing(config._Source, "number", lambda self, name, *_: int(self._find(name)[0] or 1))

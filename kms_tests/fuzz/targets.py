@@ -15,7 +15,7 @@ import tempfile
 import unicodedata
 from base64 import b64encode
 from collections.abc import Awaitable, Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import cache
 from io import BytesIO
@@ -40,7 +40,8 @@ from kms.core.keyring import (
     DestroyVersion,
     DisableVersion,
     Keyring,
-    NewKek,
+    KeySlot,
+    NewKey,
     RotateGroup,
     apply,
 )
@@ -59,12 +60,13 @@ from kms.service.pipeline import RequestPipeline, Streamed
 from kms.service.principals import parse as parse_principals
 from kms.service.served import Peer
 from kms.service.usage import Usage
-from kms.storage import document, legacy, usage_file
-from kms.storage.document import KdfHeader, RootKeys
+from kms.storage import format2, format3, format4, formats, journal, usage_file
+from kms.storage.root_keys import RootKeys
+from kms.storage.stored import WRONG_PASSPHRASE, KdfHeader
 from kms.wire import messages
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
-from kms_tests import format2
+from kms_tests import earlier_keystore, java_keystore
 from kms_tests.keks import earlier_header
 from kms_tests.test_principals import EXAMPLE as PRINCIPALS
 
@@ -129,14 +131,15 @@ def _made_world() -> World:
     with HEADER.derive(_secret(PASSPHRASE)) as root:
         keys = RootKeys(root)
 
-    def mint(group: str, version: int) -> NewKek:
+    def mint(slot: KeySlot) -> NewKey:
         with Secret(bytearray(os.urandom(limits.KEY_BYTES))) as kek:
-            earlier[group, version] = EnvelopeKey(kek)
-            return NewKek(Kek(kek), keys.wrap_kek(group, version, kek))
+            earlier[slot.group, slot.version] = EnvelopeKey(kek)
+            return NewKey(Kek(kek), keys.wrap(slot, kek))
 
     earlier: dict[tuple[str, int], EnvelopeKey] = {}
     keyring = EMPTY
-    commands: list[Command] = [CreateGroup("default"), CreateGroup("billing"), *[RotateGroup("billing")] * 3]
+    create = [CreateGroup(name, uuid=os.urandom(limits.UUID_BYTES)) for name in ("default", "billing")]
+    commands: list[Command] = [*create, *[RotateGroup("billing")] * 3]
     for command in commands:
         keyring = apply(keyring, command, now=1_700_000_000, mint=mint)
     holder = SimpleNamespace(current=keyring)
@@ -331,20 +334,20 @@ def check_reencrypt(data: bytes) -> None:
         raise ForgedError("a ciphertext was re-encrypted that nobody made")
 
 
-def encode3() -> bytes:
-    """The world's keyring in format 3."""
-    return bytes(document.Encoder().encode(world().keyring, HEADER, _root_check(), world().keys))
+def encode4() -> bytes:
+    """The world's keyring in format 4."""
+    return bytes(format4.Encoder().encode(world().keyring, _front(), world().keys))
 
 
 @cache
-def _root_check() -> bytes:
+def _front() -> format4.Front:
     with _repeatable(2):
-        return world().keys.seal_check()
+        return format4.Front(HEADER, world().keys.seal_check())
 
 
 @cache
 def root2() -> bytes:
-    return format2.root_key(PASSPHRASE, SALT)
+    return java_keystore.root_key(PASSPHRASE, SALT)
 
 
 @cache
@@ -352,47 +355,126 @@ def tree2() -> dict[str, Any]:
     """A keyring in every state in format 2."""
     with _repeatable(3):
         statuses = ("DESTROYED", "DISABLED", "ENABLED", "ACTIVE")
-        versions = [format2.Version(number, status) for number, status in enumerate(statuses, 1)]
-        groups = [format2.Group("default", 1, [format2.Version(1, "ACTIVE")]), format2.Group("Schlüssel 1", 4, versions)]
-        return format2.tree(groups, root2(), SALT)
+        versions = [java_keystore.Version(number, status) for number, status in enumerate(statuses, 1)]
+        groups = [
+            java_keystore.Group("default", 1, [java_keystore.Version(1, "ACTIVE")]),
+            java_keystore.Group("Schlüssel 1", 4, versions),
+        ]
+        return java_keystore.tree(groups, root2(), SALT)
 
 
 def encode2() -> bytes:
-    return format2.encode(tree2())
+    return java_keystore.encode(tree2())
+
+
+def open4(raw: bytes) -> Keyring:
+    """The keyring of a format 4 file; a key derivation that costs more than the fuzzer has counts as a wrong passphrase."""
+    sealed = format4.Sealed(raw, None)
+    with _derive(sealed.header) as root:
+        return sealed.open(root)
+
+
+def encode3() -> bytes:
+    """A keyring in every state in format 3."""
+    return earlier_keystore.sealed(tree3(), _derive(HEADER))
+
+
+@cache
+def tree3() -> dict[str, Any]:
+    statuses = ("DESTROYED", "DISABLED", "ENABLED", "ACTIVE")
+    groups = [earlier_keystore.Group("default"), earlier_keystore.Group("billing", statuses)]
+    with _repeatable(4):
+        return earlier_keystore.tree(groups, _derive(HEADER), HEADER)
 
 
 def open3(raw: bytes) -> Keyring:
-    """The keyring of a format 3 file; a key derivation that costs more than the fuzzer has counts as a wrong passphrase."""
-    sealed = document.Sealed(raw)
-    if sealed.header == HEADER:
-        return sealed.open(world().keys)
-    with _derive(sealed.header) as root:
-        return sealed.open(RootKeys(root))
+    """The same of a format 3 file."""
+    sealed = format3.Sealed(raw)
+    with _derive(sealed.header) as root, _repeatable(5):
+        return sealed.open(root, lambda _slot, _key: b"rewrapped")
+
+
+def reseal3(tree: dict[str, Any]) -> bytes:
+    """The tree with a right MAC, as only someone who knows the passphrase could make it."""
+    body = _compact({name: value for name, value in tree.items() if name != "mac"})
+    with format3.Keys(_derive(HEADER)) as keys:
+        return body[:-1] + b',"mac":"' + b64encode(keys.mac(body)) + b'"}'
+
+
+@cache
+def journal_parts() -> tuple[bytes, bytes, tuple[bytes, ...], tuple[Keyring, ...]]:
+    """A format 4 file, its journal, the lines of that, and the keyring with none of them, with one, and so on."""
+    with _repeatable(6):
+        keys, encoder, keyring = world().keys, format4.Encoder(), world().keyring
+        name = "00112233-4455-4677-8899-aabbccddeeff"
+        front = replace(_front(), journal=name)
+        file = bytes(encoder.encode(keyring, front, keys))
+        lines = [journal.header(name, keyring.generation, keys.journal_mac)]
+        states = [keyring]
+
+        def mint(slot: KeySlot) -> NewKey:
+            with Secret(bytearray(os.urandom(limits.KEY_BYTES))) as kek:
+                return NewKey(Kek(kek), keys.wrap(slot, kek))
+
+        create = CreateGroup("later", uuid=os.urandom(limits.UUID_BYTES))
+        for command in (RotateGroup("default"), create, DisableVersion("default", 1)):
+            keyring = apply(keyring, command, now=1_700_000_002, mint=mint).next_generation()
+            group = encoder.group(keyring.groups[command.group])
+            lines.append(journal.record(keyring.generation, journal.mac_of(lines[-1]), [group], keys.journal_mac))
+            states.append(keyring)
+    return file, b"".join(lines), tuple(lines), tuple(states)
+
+
+def open_journal(raw: bytes) -> Keyring:
+    """The keyring of the format 4 file of `journal_parts` with another journal."""
+    with _derive(HEADER) as root:
+        return format4.Sealed(journal_parts()[0], raw).open(root)
+
+
+def check_journal(data: bytes) -> None:
+    """What is read of whatever is beside a keystore are the first of its own lines: all, or all but a torn end."""
+    _, _, lines, states = journal_parts()
+    try:
+        keyring = open_journal(data)
+    except KeystoreError:
+        _require(data != b"".join(lines), "a journal that was made is refused")
+        return
+    count = next((n for n in range(len(lines), 0, -1) if data.startswith(b"".join(lines[:n]))), 0)
+    if not count or keyring != states[count - 1]:
+        raise ForgedError("a journal was read that nobody wrote")
+    for line in lines[count:]:
+        _require(line not in data, "what was answered is gone, and what came after it was there")
 
 
 def open2(raw: bytes) -> Keyring:
     """The same of a format 2 file."""
-    sealed = legacy.Sealed(raw)
+    sealed = format2.Sealed(raw)
     root = Secret(bytearray(root2())) if sealed.header == HEADER else _derive(sealed.header)
-    return sealed.open(root, lambda _group, _version, _kek: b"rewrapped")
+    with _repeatable(5):
+        return sealed.open(root, lambda _slot, _key: b"rewrapped")
 
 
 def _derive(header: KdfHeader) -> Secret:
     costs = header.parameters
     if costs.memory_kib > _MAX_KDF_MEMORY_KIB or costs.iterations > _MAX_KDF_ITERATIONS:
-        raise WrongPassphraseError(document.WRONG_PASSPHRASE)
+        raise WrongPassphraseError(WRONG_PASSPHRASE)
     return derive.root_key(_secret(PASSPHRASE), header.salt, costs)
 
 
 def _check_keystore(data: bytes, open_: Callable[[bytes], Keyring], made: bytes) -> None:
     try:
-        document.format_version(data)
+        formats.version_of(data)
         keyring = open_(data)
     except (KeystoreError, WrongPassphraseError):
         _require(data != made, "a keystore that was made is refused")
         return
     if keyring != open_(made):
         raise ForgedError("a keystore loaded that nobody made")
+
+
+def check_keystore4(data: bytes) -> None:
+    """A format 4 file loads only as the keyring that was saved."""
+    _check_keystore(data, open4, encode4())
 
 
 def check_keystore3(data: bytes) -> None:
@@ -405,7 +487,7 @@ def check_keystore2(data: bytes) -> None:
     _check_keystore(data, open2, encode2())
 
 
-def reseal3(tree: dict[str, Any]) -> bytes:
+def reseal4(tree: dict[str, Any]) -> bytes:
     """The tree with a right MAC, as only someone who knows the passphrase could make it."""
     body = {name: value for name, value in tree.items() if name != "mac"}
     message = _compact(body)
@@ -419,7 +501,7 @@ def _compact(tree: dict[str, Any]) -> bytes:
 def reseal2(tree: dict[str, Any]) -> bytes:
     """The same of format 2. A tree that its MAC cannot even be computed over keeps the one it has."""
     try:
-        return _compact({**tree, "macBase64": format2.mac(root2(), tree)})
+        return _compact({**tree, "macBase64": java_keystore.mac(root2(), tree)})
     except Exception:  # whatever the independent writer cannot express
         return _compact(tree)
 
@@ -433,8 +515,15 @@ def _parsed(data: bytes) -> dict[str, Any] | None:
     return tree if isinstance(tree, dict) else None
 
 
-def check_resealed3(data: bytes) -> None:
+def check_resealed4(data: bytes) -> None:
     """Any tree under a right MAC is refused, or a legal keyring that can be saved and loaded."""
+    tree = _parsed(data)
+    if tree is not None:
+        check_legal(reseal4(tree), open4)
+
+
+def check_resealed3(data: bytes) -> None:
+    """The same of format 3."""
     tree = _parsed(data)
     if tree is not None:
         check_legal(reseal3(tree), open3)
@@ -463,9 +552,9 @@ def check_legal(raw: bytes, open_: Callable[[bytes], Keyring]) -> Keyring | None
             _require(number == version.version and 1 <= number <= limits.MAX_VERSION, "an impossible version")
             destroyed = version.status is Status.DESTROYED
             _require((version.key is None) is destroyed and (version.wrapped is None) is destroyed, "a key out of place")
-    if open_ is open3:
-        saved = bytes(document.Encoder().encode(keyring, HEADER, _root_check(), world().keys))
-        _require(open3(saved) == keyring, "a keyring that does not survive a save")
+    if open_ is open4:
+        saved = bytes(format4.Encoder().encode(keyring, _front(), world().keys))
+        _require(open4(saved) == keyring, "a keyring that does not survive a save")
     return keyring
 
 
@@ -674,8 +763,11 @@ TARGETS: Final = {
     "edited-ciphertext": Target(check_edited_ciphertext, lambda: [b"\0", b"\1\2\3", bytes(9)], 1 << 4),
     "container": Target(check_container, lambda: list(containers()), 1 << 11),
     "reencrypt": Target(check_reencrypt, lambda: [*containers(), *world().ciphertexts], 1 << 11),
+    "keystore-4": Target(check_keystore4, lambda: [encode4()], 1 << 12),
     "keystore-3": Target(check_keystore3, lambda: [encode3()], 1 << 12),
+    "journal": Target(check_journal, lambda: [journal_parts()[1], journal_parts()[2][0]], 1 << 12),
     "keystore-2": Target(check_keystore2, lambda: [encode2()], 1 << 12),
+    "keystore-4-resealed": Target(check_resealed4, lambda: [encode4()], 1 << 12),
     "keystore-3-resealed": Target(check_resealed3, lambda: [encode3()], 1 << 12),
     "keystore-2-resealed": Target(check_resealed2, lambda: [encode2()], 1 << 12),
     "config": Target(check_config, _config_seeds, 1 << 13),

@@ -28,10 +28,13 @@ from kms_tests.fuzz.targets import (
     containers,
     encode2,
     encode3,
+    encode4,
     open2,
     open3,
+    open4,
     reseal2,
     reseal3,
+    reseal4,
     world,
 )
 
@@ -39,6 +42,7 @@ Path = tuple[str | int, ...]
 Tree = Any
 
 FORMATS = [
+    pytest.param(encode4(), reseal4, open4, id="format 4"),
     pytest.param(encode3(), reseal3, open3, id="format 3"),
     pytest.param(encode2(), reseal2, open2, id="format 2"),
 ]
@@ -103,7 +107,7 @@ def test_a_hostile_document_under_a_right_mac_is_refused_or_a_legal_keyring(
     raw: bytes, reseal: Callable[[Tree], bytes], open_: Callable[[bytes], Keyring], long: bool
 ) -> None:
     refused = loaded = 0
-    wrapped = _wrapped(open3(encode3()))
+    wrapped = _wrapped(open4(encode4()))
 
     @settings(max_examples=LONG if long else SHORT)
     @given(st.data())
@@ -118,7 +122,7 @@ def test_a_hostile_document_under_a_right_mac_is_refused_or_a_legal_keyring(
         within_budget(lambda: check_legal(altered, open_))
         refused += keyring is None
         loaded += keyring is not None
-        if keyring is not None and open_ is open3:
+        if keyring is not None and open_ is open4:
             assert _wrapped(keyring) <= wrapped, "a key in a slot that it was not wrapped for"
 
     run()
@@ -151,13 +155,13 @@ def test_nothing_that_is_put_together_from_pieces_of_what_was_made_opens(
 
 
 def test_a_large_keystore_loads_and_its_altered_copies_are_refused() -> None:
-    tree = json.loads(encode3())
+    tree = json.loads(encode4())
     group = tree["keyGroups"][1]
-    tombstone = {"version": 1, "status": "DESTROYED", "createdAtEpochSec": 1, "wrappedKek": None}
+    tombstone = {"version": 1, "status": "DESTROYED", "createdAtEpochSec": 1, "wrappedKey": None}
     active = group["versions"][-1]
     group["versions"] = [{**tombstone, "version": 10 + number} for number in range(9_000)] + [active]
-    assert check_legal(reseal3(tree), open3) is not None
+    assert check_legal(reseal4(tree), open4) is not None
     random.Random(1).shuffle(group["versions"])
-    assert check_legal(reseal3(tree), open3) is not None
+    assert check_legal(reseal4(tree), open4) is not None
     group["versions"].append(group["versions"][0])
-    assert check_legal(reseal3(tree), open3) is None
+    assert check_legal(reseal4(tree), open4) is None

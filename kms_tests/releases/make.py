@@ -20,7 +20,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any, Final
 
-from kms_tests import format2
+from kms_tests import java_keystore
 from kms_tests.integration.processes import PASSPHRASE, Machine, Server, Wire
 
 KEPT: Final = ("keystore.json", "principals.toml", "audit.log", "audit.log-1", "audit.log.head", "letter.mke")
@@ -82,13 +82,17 @@ def make(directory: Path) -> None:
 def make_format_2(directory: Path) -> None:
     """Fill `directory` with what the Java mini-kms wrote, from the description of its formats alone."""
     directory.mkdir()
-    versions = [format2.Version(1, "DESTROYED"), format2.Version(2, "DISABLED"), format2.Version(3, "ENABLED")]
-    group = format2.Group("billing", 4, [*versions, format2.Version(4, "ACTIVE")])
-    (directory / "keystore.json").write_bytes(format2.write([group], PASSPHRASE))
+    versions = [
+        java_keystore.Version(1, "DESTROYED"),
+        java_keystore.Version(2, "DISABLED"),
+        java_keystore.Version(3, "ENABLED"),
+    ]
+    group = java_keystore.Group("billing", 4, [*versions, java_keystore.Version(4, "ACTIVE")])
+    (directory / "keystore.json").write_bytes(java_keystore.write([group], PASSPHRASE))
     sealed = [(version, f"version {version.number}".encode()) for version in group.versions]
     data_key = os.urandom(32)
-    wrapped = format2.ciphertext(group, group.versions[-1], data_key, LETTER_AAD.encode())
-    body = format2.envelope(data_key, LETTER, LETTER_AAD.encode())
+    wrapped = java_keystore.ciphertext(group, group.versions[-1], data_key, LETTER_AAD.encode())
+    body = java_keystore.envelope(data_key, LETTER, LETTER_AAD.encode())
     (directory / "letter.mke").write_bytes(b"MKE1" + len(wrapped).to_bytes(4, "big") + wrapped + body)
     promise = {
         "passphrase": PASSPHRASE,
@@ -108,7 +112,7 @@ def make_format_2(directory: Path) -> None:
             {
                 "group": group.id,
                 "version": version.number,
-                "ciphertext": _text(format2.ciphertext(group, version, plaintext, b"")),
+                "ciphertext": _text(java_keystore.ciphertext(group, version, plaintext, b"")),
                 "plaintext": _text(plaintext),
             }
             for version, plaintext in sealed

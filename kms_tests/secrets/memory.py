@@ -22,19 +22,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, Final
+from uuid import UUID
 
 from kms.core import derive
+from kms.core.keyring import KeySlot
 from kms.core.secret import Secret
-from kms.storage import document
+from kms.core.specs import AES_256
+from kms.storage import format4
+from kms.storage.root_keys import RootKeys
 from kms_tests.integration.processes import Machine, Server, eventually
 
 PIECE: Final = 16
 _STEP: Final = 8
 _NOT_MEMORY: Final = ("[vvar]", "[vvar_vclock]", "[vdso]", "[vsyscall]")
 _LABELS: Final = {
-    "wrapping key": "mini-kms/v3/wrap-kek",
-    "check key": "mini-kms/v3/root-check",
-    "MAC key": "mini-kms/v3/keystore-mac",
+    "wrapping key": "mini-kms/v4/wrap-kek",
+    "check key": "mini-kms/v4/root-check",
+    "MAC key": "mini-kms/v4/keystore-mac",
+    "journal's MAC key": "mini-kms/v4/journal-mac",
 }
 """Written out, as the format has them: this is a second opinion."""
 
@@ -42,15 +47,16 @@ _LABELS: Final = {
 def true_keys(keystore: Path, passphrase: str) -> dict[str, bytes]:
     """The root key, its sub-keys, and each live KEK by its group and version, such as `default 1`."""
     raw = keystore.read_bytes()
-    with document.Sealed(raw).header.derive(Secret(bytearray(passphrase.encode()))) as root:
+    with format4.Sealed(raw, None).header.derive(Secret(bytearray(passphrase.encode()))) as root:
         keys = {"root key": bytes(root.view())}
         for name, label in _LABELS.items():
             keys[name] = bytes(derive.sub_key(root, label).view())
-        root_keys = document.RootKeys(root)
+        root_keys = RootKeys(root)
     for group in json.loads(raw)["keyGroups"]:
         for version in group["versions"]:
-            if version["wrappedKek"] is not None:
-                kek = root_keys.unwrap_kek(group["keyId"], version["version"], b64decode(version["wrappedKek"]))
+            if version["wrappedKey"] is not None:
+                slot = KeySlot(group["keyId"], UUID(group["keyUuid"]).bytes, AES_256, version["version"])
+                kek = root_keys.unwrap(slot, b64decode(version["wrappedKey"]))
                 keys[f"{group['keyId']} {version['version']}"] = bytes(kek.view())
     return keys
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import pytest
 
-from kms_tests import format2
+from kms_tests import java_keystore
 from kms_tests.integration.processes import DEADLINE, PASSPHRASE, Machine, Server, eventually, program
 
 CALLS: Final = "open,openat,openat2,creat,mkdir,mkdirat,mknod,mknodat,bind,umask,chmod,fchmod,fchmodat"
@@ -147,7 +147,7 @@ def test_what_a_server_makes_is_private_from_the_start(recorder: Recorder) -> No
 
 
 def test_what_a_migration_makes_is_private_from_the_start(recorder: Recorder) -> None:
-    keystore = format2.write([format2.Group("default", 1, [format2.Version(1, "ACTIVE")])], PASSPHRASE)
+    keystore = java_keystore.write([java_keystore.Group("default", 1, [java_keystore.Version(1, "ACTIVE")])], PASSPHRASE)
     recorder.machine.keystore.write_bytes(keystore)
     serve(recorder, rotate)
     assert any(name.startswith(".keystore.json.v2.tmp-") for name in recorder.born)

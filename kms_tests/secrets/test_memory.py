@@ -24,7 +24,7 @@ from pathlib import Path
 
 import pytest
 
-from kms_tests import format2
+from kms_tests import java_keystore
 from kms_tests.integration.processes import DEADLINE, Machine, Server
 from kms_tests.secrets.memory import Launcher, copies, end, pieces, stopping_at_its_end, true_keys, wait_until_stopped
 
@@ -47,7 +47,7 @@ sys.exit(main())
 """
 KEEPS_THE_ROOT_KEY = """
 import sys
-from kms.storage import document
+from kms.storage import format4
 class Keeping(document.RootKeys):
     def __init__(self, root):
         super().__init__(root)
@@ -152,11 +152,11 @@ def test_a_keystore_of_format_2_leaves_no_trace_either(bare: Machine, passphrase
     bare.data.mkdir(mode=0o700)
     bare.keystore.touch(mode=0o600)
     bare.keystore.write_bytes(
-        format2.write([format2.Group("default", 1, [format2.Version(1, "ACTIVE")])], passphrase, salt)
+        java_keystore.write([java_keystore.Group("default", 1, [java_keystore.Version(1, "ACTIVE")])], passphrase, salt)
     )
     tokens = {"MINIKMS_API_TOKEN": secrets.token_hex(), "MINIKMS_ADMIN_TOKEN": secrets.token_hex()}
     server = bare.start(environment={"MINIKMS_PASSPHRASE": passphrase, **tokens})
-    found = copies(server.pid, {"passphrase": passphrase.encode(), "root key": format2.root_key(passphrase, salt)})
+    found = copies(server.pid, {"passphrase": passphrase.encode(), "root key": java_keystore.root_key(passphrase, salt)})
     assert found == {"passphrase": 0, "root key": 0}
 
 

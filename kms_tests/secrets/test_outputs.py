@@ -31,7 +31,8 @@ from kms.service.authentication import Authenticator
 from kms.service.handlers import Handlers
 from kms.service.pipeline import RequestPipeline
 from kms.service.served import Peer
-from kms.storage.file import KeystoreLock, initialise
+from kms.storage.file import initialise
+from kms.storage.lock import KeystoreLock
 from kms.wire import messages
 from kms_tests.integration.processes import Machine, Outcome, Server, Wire, eventually
 from kms_tests.secrets.canaries import forms, leaked, text
@@ -401,7 +402,7 @@ def secret_objects(directory: Path) -> Iterator[tuple[str, object]]:
     parameters = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
     passphrase = Secret(bytearray(PASSPHRASE.encode()))
     with KeystoreLock(directory / "keystore.json") as lock:
-        store, ring = initialise(lock, passphrase, now=1, parameters=parameters, new_key=lambda: Secret(bytearray(KEY)))
+        store, ring = initialise(lock, passphrase, now=1, parameters=parameters, random=lambda _: Secret(bytearray(KEY)))
         yield "KeystoreLock", lock
     yield "Keystore", store
     yield "Keyring", ring

@@ -13,6 +13,7 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
+from uuid import UUID
 
 import argon2pure
 from Crypto.Cipher import AES
@@ -38,6 +39,11 @@ class Group:
     created_at: int
     active: int
     versions: tuple[Version, ...]
+
+    @property
+    def uuid(self) -> bytes:
+        """What format 4 has besides; any will do that is the same each time."""
+        return SHA256.new(self.name.encode()).digest()[:16]
 
 
 def argon2id(
@@ -339,6 +345,132 @@ def read_format3(raw: bytes, passphrase: bytes) -> tuple[int, list[Group]]:
         for group in tree["keyGroups"]
     ]
     return tree["generation"], groups
+
+
+def _slot4(group: str, version: int, uuid: bytes) -> bytes:
+    name, spec = group.encode(), b"AES_256"
+    return struct.pack(">Q", len(name)) + name + struct.pack(">Q", version) + struct.pack(">Q", len(spec)) + spec + uuid
+
+
+def _sub_key4(root: bytes, use: str) -> bytes:
+    return hkdf(root, 32, b"", f"mini-kms/v4/{use}".encode())
+
+
+def write_format4(
+    groups: list[Group], generation: int, passphrase: bytes, salt: bytes, nonces: Iterator[bytes], later: list[list[Group]]
+) -> tuple[bytes, bytes | None]:
+    """A format 4 file and its journal, with a commit for each of `later`; each of `nonces` is 12 bytes."""
+    root = argon2id(passphrase, salt)
+    identity = None if not later else "0badcafe-0bad-4afe-8bad-cafe0badcafe"
+    body = {
+        "formatVersion": 4,
+        "generation": generation,
+        "kdf": {
+            "name": "argon2id",
+            "version": 19,
+            "memoryKiB": MEMORY_KIB,
+            "iterations": ITERATIONS,
+            "parallelism": PARALLELISM,
+            "salt": _text(salt),
+        },
+        "rootCheck": _text(seal(_sub_key4(root, "root-check"), next(nonces), b"mini-kms/root-check/v4", b"")),
+        "journal": identity,
+        "formerJournal": None,
+        "keyGroups": [_group4(group, root, nonces) for group in groups],
+    }
+    file = _compact({**body, "mac": _text(hmac(_sub_key4(root, "keystore-mac"), _compact(body)))})
+    if identity is None:
+        return file, None
+    lines, mac = [], ""
+    for number, changed in enumerate([[], *later]):
+        line: dict[str, Any] = {"journal": identity, "generation": generation}
+        if number:
+            line = {"generation": generation + number, "previous": mac}
+            line["keyGroups"] = [_group4(group, root, nonces) for group in changed]
+        mac = _text(hmac(_sub_key4(root, "journal-mac"), _compact(line)))
+        lines.append(_compact({**line, "mac": mac}) + b"\n")
+    return file, b"".join(lines)
+
+
+def _group4(group: Group, root: bytes, nonces: Iterator[bytes]) -> dict[str, Any]:
+    wrap = _sub_key4(root, "wrap-kek")
+    return {
+        "keyId": group.name,
+        "keyUuid": str(UUID(bytes=group.uuid)),
+        "spec": "AES_256",
+        "use": "encrypt",
+        "createdAtEpochSec": group.created_at,
+        "activeVersion": group.active,
+        "versions": [
+            {
+                "version": v.number,
+                "status": v.status,
+                "createdAtEpochSec": v.created_at,
+                "wrappedKey": None
+                if v.kek is None
+                else _text(
+                    committing_seal(wrap, next(nonces) + next(nonces), v.kek, _slot4(group.name, v.number, group.uuid))
+                ),
+            }
+            for v in group.versions
+        ],
+    }
+
+
+def read_format4(raw: bytes, journal: bytes | None, passphrase: bytes) -> tuple[int, list[Group]]:
+    """Generation and groups of a format 4 file with its journal; raises `ValueError`."""
+    tree = json.loads(raw)
+    kdf = tree["kdf"]
+    root = argon2id(
+        passphrase,
+        b64decode(kdf["salt"]),
+        iterations=kdf["iterations"],
+        memory_kib=kdf["memoryKiB"],
+        lanes=kdf["parallelism"],
+    )
+    if unseal(_sub_key4(root, "root-check"), b64decode(tree["rootCheck"]), b"") != b"mini-kms/root-check/v4":
+        raise ValueError("wrong passphrase")
+    mac = tree.pop("mac")
+    if hmac(_sub_key4(root, "keystore-mac"), _compact(tree)) != b64decode(mac):
+        raise ValueError("wrong MAC")
+    groups = {group["keyId"]: group for group in tree["keyGroups"]}
+    generation = tree["generation"]
+    if (tree["journal"] is None) != (journal is None):
+        raise ValueError("no journal, or one too many")
+    previous = ""
+    for number, line in enumerate((journal or b"").splitlines()):
+        record = json.loads(line)
+        mac = record.pop("mac")
+        if hmac(_sub_key4(root, "journal-mac"), _compact(record)) != b64decode(mac):
+            raise ValueError("wrong MAC in the journal")
+        if number and (record["previous"] != previous or record["generation"] != generation + number):
+            raise ValueError("not the next line")
+        if not number and (record["journal"], record["generation"]) != (tree["journal"], generation):
+            raise ValueError("another's journal")
+        groups.update((group["keyId"], group) for group in record.get("keyGroups", ()))
+        previous = mac
+    count = max(0, (journal or b"").count(b"\n") - 1)
+    return generation + count, [_read4(group, root) for group in groups.values()]
+
+
+def _read4(group: dict[str, Any], root: bytes) -> Group:
+    wrap, uuid = _sub_key4(root, "wrap-kek"), UUID(group["keyUuid"]).bytes
+    return Group(
+        group["keyId"],
+        group["createdAtEpochSec"],
+        group["activeVersion"],
+        tuple(
+            Version(
+                v["version"],
+                v["status"],
+                v["createdAtEpochSec"],
+                None
+                if v["wrappedKey"] is None
+                else committing_unseal(wrap, b64decode(v["wrappedKey"]), _slot4(group["keyId"], v["version"], uuid)),
+            )
+            for v in group["versions"]
+        ),
+    )
 
 
 def write_format2(groups: list[Group], passphrase: bytes, salt: bytes, nonces: Iterator[bytes]) -> bytes:

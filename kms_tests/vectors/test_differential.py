@@ -10,6 +10,7 @@ import ast
 from collections.abc import Iterator
 from io import BytesIO
 from pathlib import Path
+from uuid import uuid4
 
 import pytest
 from hypothesis import given, settings
@@ -22,12 +23,15 @@ from kms.core.ciphertext import Purpose
 from kms.core.derive import KdfParameters
 from kms.core.envelope import CommittingKey, EnvelopeKey
 from kms.core.kek import Kek
-from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
+from kms.core.keyring import KeyGroup, Keyring, KeySlot, KeyVersion, VersionStatus
 from kms.core.secret import Secret
+from kms.core.specs import AES_256
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
-from kms.storage import document, legacy
-from kms.storage.document import KdfHeader, RootKeys
+from kms.storage import format2, format3, format4, journal
+from kms.storage.root_keys import RootKeys
+from kms.storage.stored import KdfHeader
 from kms_tests import keks
+from kms_tests.keks import group_of
 from kms_tests.strategies import aads, plaintexts, stored_names, versions
 from kms_tests.vectors import independent
 from kms_tests.vectors.independent import Group, Version
@@ -238,9 +242,9 @@ def _matches(keyring: Keyring, expected: list[Group], *, created_at_is_stored: b
 
 
 def _load3(raw: bytes) -> Keyring:
-    sealed = document.Sealed(raw)
+    sealed = format3.Sealed(raw)
     with sealed.header.derive(_secret(PASSPHRASE)) as root:
-        return sealed.open(RootKeys(root))
+        return sealed.open(root, lambda _slot, _key: b"rewrapped")
 
 
 @given(groups(), st.integers(0, 1 << 62), salts)
@@ -251,35 +255,62 @@ def test_a_format_3_keystore_that_the_other_wrote_loads(expected: list[Group], g
     _matches(keyring, expected)
 
 
-@given(groups(), st.integers(0, 1 << 62), salts)
+@given(groups(), st.integers(0, 1 << 62), salts, st.lists(groups(), max_size=3))
 @settings(max_examples=25)
-def test_a_format_3_keystore_that_we_write_is_read_by_the_other(
-    expected: list[Group], generation: int, salt: bytes
+def test_a_format_4_keystore_and_journal_that_the_other_wrote_load(
+    expected: list[Group], generation: int, salt: bytes, later: list[list[Group]]
+) -> None:
+    raw, beside = independent.write_format4(expected, generation, PASSPHRASE, salt, _counted(), later)
+    sealed = format4.Sealed(raw, beside)
+    with sealed.header.derive(_secret(PASSPHRASE)) as root:
+        keyring = sealed.open(root)
+    assert keyring.generation == generation + len(later)
+    _matches(keyring, _merged(expected, *later))
+
+
+def _merged(*commits: list[Group]) -> list[Group]:
+    merged: dict[str, Group] = {}
+    for commit in commits:
+        merged.update((group.name, group) for group in commit)
+    return list(merged.values())
+
+
+@given(groups(), st.integers(0, 1 << 62), salts, st.lists(groups(), max_size=3))
+@settings(max_examples=25)
+def test_a_format_4_keystore_and_journal_that_we_write_are_read_by_the_other(
+    expected: list[Group], generation: int, salt: bytes, later: list[list[Group]]
 ) -> None:
     header = KdfHeader(COSTS, salt)
     with header.derive(_secret(PASSPHRASE)) as root:
-        root_keys = RootKeys(root)
-    keyring = Keyring(generation, {group.name: _built(group, root_keys) for group in expected})
-    raw = document.Encoder().encode(keyring, header, root_keys.seal_check(), root_keys)
-    assert independent.read_format3(bytes(raw), PASSPHRASE) == (generation, expected)
+        keys = RootKeys(root)
+    identity = str(uuid4()) if later else None
+    front, encoder = format4.Front(header, keys.seal_check(), identity), format4.Encoder()
+    raw = bytes(encoder.encode(Keyring(generation, {group.name: _built(group, keys) for group in expected}), front, keys))
+    lines = [] if identity is None else [journal.header(identity, generation, keys.journal_mac)]
+    for number, changed in enumerate(later, generation + 1):
+        encoded = [encoder.group(_built(group, keys)) for group in changed]
+        lines.append(journal.record(number, journal.mac_of(lines[-1]), encoded, keys.journal_mac))
+    read = independent.read_format4(raw, b"".join(lines) if lines else None, PASSPHRASE)
+    assert read == (generation + len(later), _merged(expected, *later))
 
 
-def _built(group: Group, root_keys: RootKeys) -> KeyGroup:
+def _built(group: Group, keys: RootKeys) -> KeyGroup:
     built = {}
     for version in group.versions:
-        wrapped = None if version.kek is None else root_keys.wrap_kek(group.name, version.number, _secret(version.kek))
+        slot = KeySlot(group.name, group.uuid, AES_256, version.number)
+        wrapped = None if version.kek is None else keys.wrap(slot, _secret(version.kek))
         key = None if version.kek is None else Kek(_secret(version.kek))
         status = VersionStatus[version.status]
         built[version.number] = KeyVersion.build(group.name, version.number, status, version.created_at, wrapped, key)
-    return KeyGroup(group.name, group.created_at, built[group.active], built)
+    return group_of(group.name, built, created_at=group.created_at, uuid=group.uuid)
 
 
 @given(groups(), salts)
 @settings(max_examples=25)
 def test_a_format_2_keystore_that_the_other_wrote_loads(expected: list[Group], salt: bytes) -> None:
-    sealed = legacy.Sealed(independent.write_format2(expected, PASSPHRASE, salt, _counted()))
+    sealed = format2.Sealed(independent.write_format2(expected, PASSPHRASE, salt, _counted()))
     with sealed.header.derive(_secret(PASSPHRASE)) as root:
-        keyring = sealed.open(root, lambda _group, _version, _kek: b"rewrapped")
+        keyring = sealed.open(root, lambda _slot, _key: b"rewrapped")
     _matches(keyring, expected, created_at_is_stored=False)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 import socket
 import time
@@ -15,9 +16,12 @@ from typing import Final
 import msgspec
 
 from kms.core.derive import KdfParameters
-from kms.core.keyring import KeyGroup, Keyring, KeyVersion, VersionStatus
+from kms.core.keyring import KeyGroup, Keyring, KeySlot, KeyVersion, VersionStatus
 from kms.core.secret import Secret
-from kms.storage.file import Keystore, KeystoreLock, initialise
+from kms.core.specs import AES_256
+from kms.limits import UUID_BYTES
+from kms.storage.file import Keystore, initialise
+from kms.storage.lock import KeystoreLock
 from kms_tests.integration.processes import PASSPHRASE, Server
 from scripts.benchmark.processes import Bench, resident_mib, spread
 from scripts.benchmark.turns import encoded, prepare
@@ -90,17 +94,17 @@ def fill(path: Path, groups: int) -> None:
             keystore, keyring = initialise(lock, passphrase, now=int(time.time()), parameters=parameters)
         names = ["default", *map(name_of, range(1, groups))]
         filled = Keyring(keyring.generation, {name: group_of(keystore, name, VERSIONS[groups]) for name in names})
-        keystore.save(filled.next_generation())
+        keystore.commit(keyring.generation, list(filled.groups.values()))
 
 
 def group_of(keystore: Keystore, name: str, count: int) -> KeyGroup:
-    now = int(time.time())
+    now, uuid = int(time.time()), os.urandom(UUID_BYTES)
     versions = {}
     for number in range(1, count + 1):
         status = VersionStatus.ACTIVE if number == count else VersionStatus.ENABLED
-        kek = keystore.mint(name, number)
-        versions[number] = KeyVersion.build(name, number, status, now, kek.wrapped, kek.key)
-    return KeyGroup(name, now, versions[count], versions)
+        key, wrapped = keystore.mint(KeySlot(name, uuid, AES_256, number))
+        versions[number] = KeyVersion.build(name, number, status, now, wrapped, key)
+    return KeyGroup(name, uuid, AES_256, AES_256.uses[0], now, versions[count], versions)
 
 
 def rotations(server: Server) -> list[bytes]:

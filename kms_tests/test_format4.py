@@ -1,10 +1,11 @@
-"""Keystore format 3."""
+"""Keystore format 4."""
 
 from __future__ import annotations
 
 import json
 from base64 import b64decode, b64encode
 from collections.abc import Callable
+from hashlib import sha256
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from hypothesis import strategies as st
 
 from kms.core.derive import KdfParameters
 from kms.core.kek import Kek
-from kms.core.keyring import CreateGroup, KeyGroup, Keyring, KeyVersion, NewKek, RotateGroup, VersionStatus, apply
+from kms.core.keyring import CreateGroup, KeyGroup, Keyring, KeySlot, KeyVersion, NewKey, RotateGroup, VersionStatus, apply
 from kms.core.secret import Secret
+from kms.core.specs import AES_256
 from kms.errors import DecryptionFailedError, KeystoreError, KmsError, WrongPassphraseError
-from kms.storage import document
-from kms.storage.document import KdfHeader, RootKeys, Sealed
+from kms.storage import format4, formats
+from kms.storage.format4 import Sealed
+from kms.storage.root_keys import RootKeys
+from kms.storage.stored import KdfHeader
 from kms_tests import keks
 from kms_tests.strategies import stored_names
 
@@ -35,20 +39,25 @@ def _keys(passphrase: bytes = PASSPHRASE, header: KdfHeader = HEADER) -> RootKey
 
 
 KEYS = _keys()
+ROOT = HEADER.derive(Secret(bytearray(PASSPHRASE)))
+UUIDS = {"default": bytes(range(16)), "billing": bytes(range(16, 32))}
+
+
+def _slot(group: str, version: int) -> KeySlot:
+    return KeySlot(group, UUIDS.get(group) or sha256(group.encode()).digest()[:16], AES_256, version)
 
 
 def _version(group: str, number: int, status: VersionStatus) -> KeyVersion:
     if status is DESTROYED:
         return KeyVersion.build(group, number, status, 1_700_000_000 + number, None, None)
     kek = bytes((number % 256,)) * 32
-    wrapped = KEYS.wrap_kek(group, number, Secret(bytearray(kek)))
+    wrapped = KEYS.wrap(_slot(group, number), Secret(bytearray(kek)))
     return KeyVersion.build(group, number, status, 1_700_000_000 + number, wrapped, Kek(Secret(bytearray(kek))))
 
 
 def _group(name: str, *statuses: VersionStatus) -> KeyGroup:
     made = {number: _version(name, number, status) for number, status in enumerate(statuses, 1)}
-    active = next(v for v in made.values() if v.status is ACTIVE)
-    return KeyGroup(name, 1_600_000_000, active, made)
+    return keks.group_of(name, made, created_at=1_600_000_000, uuid=_slot(name, 1).uuid)
 
 
 def _keyring(*groups: KeyGroup, generation: int = 3) -> Keyring:
@@ -56,12 +65,13 @@ def _keyring(*groups: KeyGroup, generation: int = 3) -> Keyring:
 
 
 KEYRING = _keyring(_group("default", ACTIVE), _group("billing", DESTROYED, DISABLED, ENABLED, ACTIVE))
-RAW = bytes(document.Encoder().encode(KEYRING, HEADER, KEYS.seal_check(), KEYS))
+FRONT = format4.Front(HEADER, KEYS.seal_check())
+RAW = bytes(format4.Encoder().encode(KEYRING, FRONT, KEYS))
 
 
 def _open(raw: bytes, passphrase: bytes = PASSPHRASE) -> Keyring:
-    sealed = Sealed(raw)
-    return sealed.open(_keys(passphrase, sealed.header))
+    sealed = Sealed(raw, None)
+    return sealed.open(sealed.header.derive(Secret(bytearray(passphrase))))
 
 
 def _resealed(tree: Tree) -> bytes:
@@ -78,8 +88,8 @@ def _tree() -> Tree:
 
 def test_the_fields_are_those_of_the_contract() -> None:
     tree = _tree()
-    assert list(tree) == ["formatVersion", "generation", "kdf", "rootCheck", "keyGroups", "mac"]
-    assert (tree["formatVersion"], tree["generation"]) == (3, 3)
+    assert list(tree) == ["formatVersion", "generation", "kdf", "rootCheck", "journal", "formerJournal", "keyGroups", "mac"]
+    assert (tree["formatVersion"], tree["generation"]) == (4, 3)
     assert tree["kdf"] == {
         "name": "argon2id",
         "version": 19,
@@ -89,13 +99,18 @@ def test_the_fields_are_those_of_the_contract() -> None:
         "salt": b64encode(SALT).decode(),
     }
     billing = tree["keyGroups"][1]
-    assert list(billing) == ["keyId", "createdAtEpochSec", "activeVersion", "versions"]
+    assert list(billing) == ["keyId", "keyUuid", "spec", "use", "createdAtEpochSec", "activeVersion", "versions"]
+    assert (billing["keyUuid"], billing["spec"], billing["use"]) == (
+        "10111213-1415-1617-1819-1a1b1c1d1e1f",
+        "AES_256",
+        "encrypt",
+    )
     assert (billing["keyId"], billing["createdAtEpochSec"], billing["activeVersion"]) == ("billing", 1_600_000_000, 4)
     assert billing["versions"][0] == {
         "version": 1,
         "status": "DESTROYED",
         "createdAtEpochSec": 1_700_000_001,
-        "wrappedKek": None,
+        "wrappedKey": None,
     }
     assert [v["status"] for v in billing["versions"]] == ["DESTROYED", "DISABLED", "ENABLED", "ACTIVE"]
 
@@ -118,7 +133,7 @@ def test_what_is_written_is_read_back() -> None:
 )
 def test_every_keyring_that_is_written_is_read_back(names: list[str], older: list[VersionStatus], generation: int) -> None:
     keyring = _keyring(*(_group(name, *older, ACTIVE) for name in names), generation=generation)
-    opened = _open(bytes(document.Encoder().encode(keyring, HEADER, KEYS.seal_check(), KEYS)))
+    opened = _open(bytes(format4.Encoder().encode(keyring, FRONT, KEYS)))
     assert opened == keyring
 
 
@@ -131,7 +146,7 @@ def test_a_key_that_was_read_back_opens_what_the_key_before_sealed() -> None:
 
 
 def test_no_key_is_in_the_file_in_the_clear() -> None:
-    decoded = [b64decode(v["wrappedKek"] or "") for g in _tree()["keyGroups"] for v in g["versions"]]
+    decoded = [b64decode(v["wrappedKey"] or "") for g in _tree()["keyGroups"] for v in g["versions"]]
     for number in range(1, 5):
         kek = bytes((number,)) * 32
         assert not any(kek in wrapped for wrapped in decoded)
@@ -150,11 +165,11 @@ def test_a_file_with_any_one_bit_flipped_is_refused(bit: int) -> None:
 
 def _refuse(raw: bytes) -> None:
     """Open it, except that a memory cost or count a flip has made enormous (yet in its bounds) is not paid."""
-    sealed = Sealed(raw)
+    sealed = Sealed(raw, None)
     if sealed.header == HEADER:
-        sealed.open(KEYS)
+        sealed.open(ROOT)
     elif sealed.header.parameters.memory_kib <= 1024:
-        sealed.open(_keys(header=sealed.header))
+        sealed.open(sealed.header.derive(Secret(bytearray(PASSPHRASE))))
     else:
         raise WrongPassphraseError
 
@@ -191,7 +206,7 @@ def test_a_missing_mac_is_refused() -> None:
         _open(json.dumps(tree).encode())
 
 
-@pytest.mark.parametrize("field", ["formatVersion", "generation", "kdf", "rootCheck", "keyGroups"])
+@pytest.mark.parametrize("field", [name for name in json.loads(RAW) if name != "mac"])
 def test_a_missing_field_is_refused(field: str) -> None:
     tree = _tree()
     del tree[field]
@@ -210,12 +225,12 @@ def test_a_resealed_tree_that_was_not_changed_loads() -> None:
 
 def _swap_versions(tree: Tree) -> None:
     versions = tree["keyGroups"][1]["versions"]
-    versions[2]["wrappedKek"], versions[3]["wrappedKek"] = versions[3]["wrappedKek"], versions[2]["wrappedKek"]
+    versions[2]["wrappedKey"], versions[3]["wrappedKey"] = versions[3]["wrappedKey"], versions[2]["wrappedKey"]
 
 
 def _swap_groups(tree: Tree) -> None:
     one, other = tree["keyGroups"][0]["versions"][0], tree["keyGroups"][1]["versions"][3]
-    one["wrappedKek"], other["wrappedKek"] = other["wrappedKek"], one["wrappedKek"]
+    one["wrappedKey"], other["wrappedKey"] = other["wrappedKey"], one["wrappedKey"]
 
 
 def _rename(tree: Tree) -> None:
@@ -227,7 +242,7 @@ def _renumber(tree: Tree) -> None:
 
 
 def _root_check_as_kek(tree: Tree) -> None:
-    tree["keyGroups"][0]["versions"][0]["wrappedKek"] = tree["rootCheck"]
+    tree["keyGroups"][0]["versions"][0]["wrappedKey"] = tree["rootCheck"]
 
 
 @pytest.mark.parametrize("change", [_swap_versions, _swap_groups, _rename, _renumber, _root_check_as_kek])
@@ -257,9 +272,9 @@ VERSION_1: list[str | int] = ["keyGroups", 0, "versions", 0]
         _set([*VERSION_1, "status"], "ENABLED"),
         _set([*VERSION_1, "status"], "active"),
         _set([*VERSION_1, "status"], "DESTROYED"),
-        _set([*VERSION_1, "wrappedKek"], None),
-        _set([*VERSION_1, "wrappedKek"], "%"),
-        _set([*VERSION_1, "wrappedKek"], ""),
+        _set([*VERSION_1, "wrappedKey"], None),
+        _set([*VERSION_1, "wrappedKey"], "%"),
+        _set([*VERSION_1, "wrappedKey"], ""),
         _set([*VERSION_1, "version"], 0),
         _set([*VERSION_1, "version"], 1 << 63),
         _set(["keyGroups", 0, "activeVersion"], 2),
@@ -267,6 +282,15 @@ VERSION_1: list[str | int] = ["keyGroups", 0, "versions", 0]
         _set(["keyGroups", 0, "keyId"], ""),
         _set(["keyGroups", 0, "keyId"], "x" * 256),
         _set(["keyGroups", 1, "keyId"], "default"),
+        _set(["keyGroups", 0, "keyUuid"], "10111213-1415-1617-1819-1a1b1c1d1e1f"),
+        _set(["keyGroups", 0, "keyUuid"], "00010203-0405-0607-0809-0A0B0C0D0E0F"),
+        _set(["keyGroups", 0, "keyUuid"], "{00010203-0405-0607-0809-0a0b0c0d0e0f}"),
+        _set(["keyGroups", 0, "keyUuid"], ""),
+        _set(["keyGroups", 0, "spec"], "AES_128"),
+        _set(["keyGroups", 0, "spec"], "aes_256"),
+        _set(["keyGroups", 0, "use"], "ENCRYPT"),
+        _set(["keyGroups", 0, "use"], "sign"),
+        _set(["generation"], -1),
         _set(["keyGroups", 1, "versions", 1, "status"], "ACTIVE"),
         _set(["keyGroups", 1, "versions", 1, "version"], 1),
         _set(["keyGroups", 1, "versions", 0, "status"], "ENABLED"),
@@ -281,8 +305,8 @@ def test_a_keyring_against_the_rules_is_refused_even_with_a_right_mac(change: Ca
 
 def test_a_kek_of_another_length_is_refused_even_with_a_right_mac() -> None:
     tree = _tree()
-    short = KEYS.wrap_kek("default", 1, Secret(bytearray(16)))
-    tree["keyGroups"][0]["versions"][0]["wrappedKek"] = b64encode(short).decode()
+    short = KEYS.wrap(_slot("default", 1), Secret(bytearray(16)))
+    tree["keyGroups"][0]["versions"][0]["wrappedKey"] = b64encode(short).decode()
     with pytest.raises(KeystoreError, match="altered or damaged"):
         _open(_resealed(tree))
 
@@ -310,7 +334,7 @@ def test_kdf_costs_outside_their_bounds_are_refused_before_they_are_paid(field: 
     tree = _tree()
     tree["kdf"][field] = value
     with pytest.raises(KeystoreError, match=f"Argon2id .* is {value}, outside"):
-        Sealed(json.dumps(tree).encode())
+        Sealed(json.dumps(tree).encode(), None)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +353,7 @@ def test_another_kdf_is_refused(field: str, value: object) -> None:
     tree = _tree()
     tree["kdf"][field] = value
     with pytest.raises(KeystoreError):
-        Sealed(json.dumps(tree).encode())
+        Sealed(json.dumps(tree).encode(), None)
 
 
 def test_a_salt_that_is_too_short_is_refused() -> None:
@@ -344,29 +368,37 @@ def test_a_salt_that_is_too_short_is_refused() -> None:
 )
 def test_what_is_no_keystore_is_refused(raw: bytes) -> None:
     with pytest.raises(KeystoreError):
-        Sealed(raw)
+        Sealed(raw, None)
 
 
 @pytest.mark.parametrize("raw", [b"", b"{}", b"[]", b"null", b"\xff", b"[" * 100_000, b'{"formatVersion":"3"}'])
 def test_what_names_no_format_is_no_keystore(raw: bytes) -> None:
     with pytest.raises(KeystoreError):
-        document.format_version(raw)
+        formats.version_of(raw)
 
 
-@pytest.mark.parametrize("version", [0, 1, 2, 4, -3])
+@pytest.mark.parametrize("version", [0, 1, 2, 3, 5, -3])
 def test_a_file_of_another_format_is_refused(version: int) -> None:
     raw = json.dumps({**_tree(), "formatVersion": version}).encode()
-    assert document.format_version(raw) == version
+    assert formats.version_of(raw) == version
     with pytest.raises(KeystoreError):
-        Sealed(raw)
+        Sealed(raw, None)
 
 
 def test_a_kek_opens_in_its_slot_alone() -> None:
-    wrapped = KEYS.wrap_kek("a", 1, Secret(bytearray(32)))
-    assert len(KEYS.unwrap_kek("a", 1, wrapped)) == 32
-    for group, version in (("a", 2), ("b", 1), ("aa", 1)):
+    own = keks.slot("a", 1)
+    wrapped = KEYS.wrap(own, Secret(bytearray(32)))
+    assert len(KEYS.unwrap(own, wrapped)) == 32
+    other_kind = own.spec._replace(name="AES_257")
+    for other in (
+        own._replace(version=2),
+        own._replace(group="b"),
+        own._replace(group="aa"),
+        own._replace(uuid=bytes(15) + b"x"),
+        own._replace(spec=other_kind),
+    ):
         with pytest.raises(DecryptionFailedError):
-            KEYS.unwrap_kek(group, version, wrapped)
+            KEYS.unwrap(other, wrapped)
 
 
 def test_the_sub_keys_can_be_wiped() -> None:
@@ -378,15 +410,14 @@ def test_the_sub_keys_can_be_wiped() -> None:
 
 
 def test_an_encoder_writes_what_a_fresh_one_would_after_any_change() -> None:
-    def mint(group: str, version: int) -> NewKek:
+    def mint(slot: KeySlot) -> NewKey:
         kek = Secret(bytearray(32))
-        return NewKek(Kek(kek), KEYS.wrap_kek(group, version, kek))
+        return NewKey(Kek(kek), KEYS.wrap(slot, kek))
 
-    encoder = document.Encoder()
-    check = KEYS.seal_check()
+    encoder = format4.Encoder()
     keyring = KEYRING
     name = next(iter(KEYRING.groups))
     for command in (RotateGroup(name), CreateGroup("another"), RotateGroup(name), RotateGroup("another")):
-        encoder.encode(keyring, HEADER, check, KEYS)
+        encoder.encode(keyring, FRONT, KEYS)
         keyring = apply(keyring, command, now=5, mint=mint)
-        assert encoder.encode(keyring, HEADER, check, KEYS) == document.Encoder().encode(keyring, HEADER, check, KEYS)
+        assert encoder.encode(keyring, FRONT, KEYS) == format4.Encoder().encode(keyring, FRONT, KEYS)

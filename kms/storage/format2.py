@@ -1,4 +1,4 @@
-"""Keystore format 2, the file of the Java mini-kms. Read only: the next save writes format 3.
+"""Keystore format 2, the file of the Java mini-kms. Read only: what is saved is format 4.
 
 It differs in what protects it: the root key itself wraps the KEKs (with no AAD) and seals the verification token, and
 the MAC runs over a binary encoding of the fields, binary values as their base64 text. All integers are big-endian;
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hmac
 import json
-from collections.abc import Sequence
 from itertools import count
 from typing import Final, Literal
 
@@ -27,11 +26,11 @@ from kms.core.names import is_nameable, shown, without_surrogates
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
 from kms.limits import MAX_FINDINGS_SHOWN
-from kms.storage.document import (
+from kms.storage.format3 import stored_group
+from kms.storage.stored import (
     ALTERED,
     WRONG_PASSPHRASE,
     KdfHeader,
-    StoredGroup,
     StoredVersion,
     Wrap,
     build_keyring,
@@ -92,7 +91,7 @@ def _refuse(constant: str) -> None:
 
 
 class Sealed:
-    """A format 2 file that is parsed and not yet believed: `header` may be used, then `open` tells the rest."""
+    """A format 2 file that is parsed and not yet believed; see `kms.storage.stored.Opener`."""
 
     def __init__(self, raw: bytes) -> None:
         """Raises `KeystoreError` when `raw` is not of the format, or asks for an impossible key derivation."""
@@ -104,9 +103,10 @@ class Sealed:
         self._unsaid = 0
 
     @property
-    def notes(self) -> Sequence[str]:
+    def notes(self) -> list[str]:
         """What `open` could not keep as it was, for people."""
-        return [*self._notes, f"and {self._unsaid} more"] if self._unsaid else self._notes
+        notes = [*self._notes, f"and {self._unsaid} more"] if self._unsaid else self._notes
+        return [f"keystore of the Java server: {note}" for note in notes]
 
     def _note(self, text: str) -> None:
         if len(self._notes) < MAX_FINDINGS_SHOWN:
@@ -114,8 +114,13 @@ class Sealed:
         else:
             self._unsaid += 1
 
-    def authenticate(self, root: Secret) -> EnvelopeKey:
-        """The root key, ready to open what is under it. Raises `WrongPassphraseError`, or `KeystoreError` for its MAC."""
+    def authenticate(self, root: Secret) -> int:
+        """The generation, which is 0: the format has none."""
+        self._authenticated(root).wipe()
+        return 0
+
+    def _authenticated(self, root: Secret) -> EnvelopeKey:
+        """The root key, ready to open what is under it."""
         document = self._document
         root_key = EnvelopeKey(root)
         try:
@@ -128,23 +133,20 @@ class Sealed:
         return root_key
 
     def open(self, root: Secret, rewrap: Wrap) -> Keyring:
-        """The keyring, generation 0, its KEKs wrapped anew by `rewrap` as format 3 wants them.
-
-        Raises `WrongPassphraseError`, or `KeystoreError` when the MAC or anything behind it is wrong.
-        """
+        """The keyring, generation 0; its groups get the UUIDs here that the format did not know."""
         document = self._document
-        root_key = self.authenticate(root)
+        root_key = self._authenticated(root)
         taken = {group.id for group in document.keyGroups}
         groups = [
-            StoredGroup(
+            stored_group(
                 self._name(group.id, taken),
                 min((v.createdAtEpochSec for v in group.versions), default=0),
                 group.activeVersion,
-                tuple(self._version(group.id, version) for version in group.versions),
+                [self._version(group.id, version) for version in group.versions],
             )
             for group in document.keyGroups
         ]
-        return build_keyring(0, groups, lambda _group, _version, wrapped: root_key.open_secret(wrapped, b""), rewrap)
+        return build_keyring(0, groups, lambda _slot, wrapped: root_key.open_secret(wrapped, b""), rewrap)
 
     def _name(self, name: str, taken: set[str]) -> str:
         """What the group `name` is called here, where a ciphertext or a file cannot hold it as it is."""
@@ -167,7 +169,7 @@ class Sealed:
             # That server let a destroyed version be disabled and enabled, which gave it no key again.
             status = VersionStatus.DESTROYED
             self._note(f"{shown(group)} v{version.version} is {version.status} and has no key: it was destroyed")
-        return StoredVersion(version.version, status, version.createdAtEpochSec, None if text is None else from_text(text))
+        return StoredVersion(version.version, status, version.createdAtEpochSec, text)
 
 
 def _mac(root: Secret, document: _Document) -> bytes:

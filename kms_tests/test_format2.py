@@ -17,14 +17,15 @@ from kms.core.secret import Secret
 from kms.errors import KeystoreError, KmsError, SaveFailedError, WrongPassphraseError
 from kms.host import durable
 from kms.limits import MAX_KEPT_KEYSTORES
-from kms.storage import document, file, legacy
-from kms.storage.file import KeystoreLock
-from kms_tests import format2
-from kms_tests.format2 import Group, Version
+from kms.storage import file, format2, formats
+from kms.storage.lock import KeystoreLock
+from kms_tests import java_keystore
+from kms_tests.commits import commit
+from kms_tests.java_keystore import Group, Version
 
 PASSPHRASE = "correct horse, Übung 日本"
 SALT = bytes(range(16))
-ROOT = format2.root_key(PASSPHRASE, SALT)
+ROOT = java_keystore.root_key(PASSPHRASE, SALT)
 
 Tree = dict[str, Any]
 
@@ -59,7 +60,7 @@ def groups() -> list[Group]:
 @pytest.fixture
 def path(data: Path, groups: list[Group]) -> Path:
     made = data / "keystore.json"
-    made.write_bytes(format2.write(groups, PASSPHRASE))
+    made.write_bytes(java_keystore.write(groups, PASSPHRASE))
     made.chmod(0o600)
     return made
 
@@ -109,7 +110,7 @@ def test_ciphertexts_made_elsewhere_under_its_keks_decrypt(path: Path, groups: l
     for group in groups:
         for version in group.versions:
             if version.status != "DESTROYED":
-                blob = format2.ciphertext(group, version, b"plaintext", b"aad")
+                blob = java_keystore.ciphertext(group, version, b"plaintext", b"aad")
                 assert _opens(keyring, blob, b"aad") == b"plaintext"
 
 
@@ -142,13 +143,13 @@ def _migrate(path: Path) -> Keyring:
     with KeystoreLock(path) as lock:
         keystore, keyring = file.load(lock, _secret())
         keyring = apply(keyring, RotateGroup("billing"), now=1_800_000_000, mint=keystore.mint).next_generation()
-        keystore.save(keyring)
+        commit(keystore, keyring)
         return keyring
 
 
-def test_the_first_save_writes_format_3(path: Path) -> None:
+def test_the_first_save_writes_format_4(path: Path) -> None:
     saved = _migrate(path)
-    assert json.loads(path.read_bytes())["formatVersion"] == 3
+    assert json.loads(path.read_bytes())["formatVersion"] == 4
     assert _load(path) == saved
     assert saved.generation == 1
 
@@ -167,7 +168,7 @@ def test_the_old_file_is_kept_once(path: Path) -> None:
     kept.write_bytes(b"the user's own now")
     with KeystoreLock(path) as lock:
         keystore, keyring = file.load(lock, _secret())
-        keystore.save(keyring.next_generation())
+        commit(keystore, keyring.next_generation())
     assert kept.read_bytes() == b"the user's own now"
 
 
@@ -218,15 +219,15 @@ def test_stale_temp_files_of_kept_files_are_removed_under_the_lock(path: Path) -
 def test_a_second_save_of_the_same_process_keeps_nothing_more(path: Path) -> None:
     with KeystoreLock(path) as lock:
         keystore, keyring = file.load(lock, _secret())
-        keystore.save(keyring.next_generation())
+        commit(keystore, keyring.next_generation())
         path.with_name("keystore.json.v2").unlink()
-        keystore.save(keyring.next_generation())
+        commit(keystore, keyring.next_generation().next_generation())
     assert not path.with_name("keystore.json.v2").exists()
 
 
 def test_ciphertexts_of_before_open_after_the_migration(path: Path, groups: list[Group]) -> None:
     blobs = [
-        format2.ciphertext(group, version, b"plaintext", b"aad")
+        java_keystore.ciphertext(group, version, b"plaintext", b"aad")
         for group in groups
         for version in group.versions
         if version.status != "DESTROYED"
@@ -249,7 +250,7 @@ def test_when_the_old_file_cannot_be_kept_nothing_is_changed(
         keystore, keyring = file.load(lock, _secret())
     monkeypatch.setattr(durable, step, fail)
     with pytest.raises(SaveFailedError, match="No space left on device; nothing was changed"):
-        keystore.save(keyring.next_generation())
+        commit(keystore, keyring.next_generation())
     assert path.read_bytes() == before
 
 
@@ -270,18 +271,18 @@ def test_another_passphrase_is_told_from_an_altered_file(path: Path) -> None:
 
 def _open(raw: bytes) -> Keyring:
     """Open it, except that an Argon2 cost a flip has made great (yet in its bounds) is not paid."""
-    assert document.format_version(raw) == legacy.FORMAT
-    sealed = legacy.Sealed(raw)
+    assert formats.version_of(raw) == format2.FORMAT
+    sealed = format2.Sealed(raw)
     if (sealed.header.salt, sealed.header.parameters) == (SALT, KdfParameters(8, 1, 1)):
         root = Secret(bytearray(ROOT))
     elif sealed.header.parameters.memory_kib <= 1024:
         root = sealed.header.derive(_secret())
     else:
         raise WrongPassphraseError
-    return sealed.open(root, lambda _group, _version, kek: b"rewrapped")
+    return sealed.open(root, lambda _slot, _key: b"rewrapped")
 
 
-SMALL = format2.write([Group("default", 2, [Version(1, "DESTROYED"), Version(2, "ACTIVE")])], PASSPHRASE, SALT)
+SMALL = java_keystore.write([Group("default", 2, [Version(1, "DESTROYED"), Version(2, "ACTIVE")])], PASSPHRASE, SALT)
 
 
 def test_the_small_file_loads_as_it_is() -> None:
@@ -294,7 +295,7 @@ def test_a_file_with_any_one_bit_flipped_is_refused(flip: int) -> None:
         raw = bytearray(SMALL)
         raw[at] ^= flip
         try:
-            if document.format_version(bytes(raw)) != legacy.FORMAT:
+            if formats.version_of(bytes(raw)) != format2.FORMAT:
                 continue  # another format's reader refuses it
             _open(bytes(raw))
         except KmsError as error:
@@ -327,11 +328,11 @@ def _changed(*path: str | int, value: object) -> Callable[[Tree], None]:
     ],
 )
 def test_a_keyring_against_the_rules_is_refused_even_with_a_right_mac(change: Callable[[Tree], None]) -> None:
-    tree = format2.tree(_groups(), ROOT, SALT)
+    tree = java_keystore.tree(_groups(), ROOT, SALT)
     change(tree)
-    tree["macBase64"] = format2.mac(ROOT, tree)
+    tree["macBase64"] = java_keystore.mac(ROOT, tree)
     with pytest.raises(KeystoreError, match="altered or damaged"):
-        _open(format2.encode(tree))
+        _open(java_keystore.encode(tree))
 
 
 @pytest.mark.parametrize(
@@ -352,29 +353,29 @@ def test_a_keyring_against_the_rules_is_refused_even_with_a_right_mac(change: Ca
     ],
 )
 def test_an_altered_field_is_refused(change: Callable[[Tree], None]) -> None:
-    tree = format2.tree(_groups(), ROOT, SALT)
+    tree = java_keystore.tree(_groups(), ROOT, SALT)
     change(tree)
     with pytest.raises(KeystoreError):
-        _open(format2.encode(tree))
+        _open(java_keystore.encode(tree))
 
 
 @pytest.mark.parametrize("field", ["argonMemoryKiB", "argonIterations", "argonParallelism"])
 @pytest.mark.parametrize("value", [-1, 0, 1 << 30])
 def test_kdf_costs_outside_their_bounds_are_refused_before_they_are_paid(field: str, value: int) -> None:
-    tree = format2.tree(_groups(), ROOT, SALT)
+    tree = java_keystore.tree(_groups(), ROOT, SALT)
     tree[field] = value
     with pytest.raises(KeystoreError, match=f"is {value}, outside"):
-        legacy.Sealed(format2.encode(tree))
+        format2.Sealed(java_keystore.encode(tree))
 
 
 @pytest.mark.parametrize("field", ["macBase64", "rootVerificationTokenBase64", "saltBase64", "keyGroups", "kdf"])
 def test_a_missing_field_is_refused(field: str) -> None:
-    tree = format2.tree(_groups(), ROOT, SALT)
+    tree = java_keystore.tree(_groups(), ROOT, SALT)
     del tree[field]
     with pytest.raises(KeystoreError):
-        _open(format2.encode(tree))
+        _open(java_keystore.encode(tree))
 
 
 def test_a_file_that_was_pretty_printed_loads() -> None:
-    tree = format2.tree(_groups(), ROOT, SALT)
+    tree = java_keystore.tree(_groups(), ROOT, SALT)
     assert _table(_open(json.dumps(tree, indent=2).encode())) == _expected(_groups())

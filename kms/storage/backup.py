@@ -1,0 +1,42 @@
+"""A backup: the keystore in one file, whatever a server is doing with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from pathlib import Path
+
+from kms.core.secret import Secret
+from kms.errors import FileAccessError, KeystoreError
+from kms.host import durable
+from kms.storage import format4, formats
+from kms.storage.content import read_pair
+from kms.storage.file import naming
+from kms.storage.root_keys import RootKeys
+
+
+def back_up(keystore: Path, passphrase: Secret, target: Path) -> int:
+    """Write the keystore, and what is in its journal, whole to `target`, durably; returns its generation.
+
+    It needs no lock, and opens every key first: a backup that was made can be put back. Raises what `load` raises, and
+    `KeystoreError` where there is something at `target` already.
+    """
+    if os.path.lexists(target):
+        raise KeystoreError(f"there is something at {target} already; it is not touched. Name another file")
+    pair = read_pair(keystore)
+    with naming(keystore), contextlib.ExitStack() as wipes:
+        opener = formats.opener(pair)
+        with opener.header.derive(passphrase) as root:
+            keys = wipes.enter_context(RootKeys(root))
+            keyring = opener.open(root, keys.wrap) if not isinstance(opener, format4.Sealed) else opener.open(root)
+        for key in keyring.live_keys():
+            wipes.callback(key.wipe)
+        content = pair.file.raw
+        if isinstance(opener, format4.Sealed):
+            front = format4.Front(opener.header, opener.front.root_check)
+            content = bytes(format4.Encoder().encode(keyring, front, keys))
+    try:
+        durable.write_file(target, content)
+    except OSError as error:
+        raise FileAccessError(f"cannot write {target}: {error.strerror}") from error
+    return keyring.generation

@@ -1,0 +1,46 @@
+"""Which formats of a keystore file are read here, and by what."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import msgspec
+from msgspec import Struct
+
+from kms.errors import KeystoreError
+from kms.storage import format2, format3, format4
+from kms.storage.content import Pair
+from kms.storage.stored import decode_json
+
+AnyOpener = format2.Sealed | format3.Sealed | format4.Sealed
+
+_OPENERS: Final[Mapping[int, Callable[[Pair, bool], AnyOpener]]] = {
+    format2.FORMAT: lambda pair, _: format2.Sealed(pair.file.raw),
+    format3.FORMAT: lambda pair, _: format3.Sealed(pair.file.raw),
+    format4.FORMAT: lambda pair, salvages: format4.Sealed(pair.file.raw, pair.journal_raw, salvages=salvages),
+}
+
+
+class _Head(Struct, rename="camel"):
+    format_version: int
+
+
+_head_decoder: Final = msgspec.json.Decoder(_Head)
+
+
+def version_of(raw: bytes) -> int:
+    """The format a keystore file says it has; raises `KeystoreError` when it is none at all."""
+    return decode_json(raw, _head_decoder).format_version
+
+
+def opener(pair: Pair, *, salvages: bool = False) -> AnyOpener:
+    """What opens a keystore: see `kms.storage.stored.Opener`. Raises `KeystoreError` when it is of no known format."""
+    version = version_of(pair.file.raw)
+    make = _OPENERS.get(version)
+    if make is None:
+        raise KeystoreError(
+            f"it has the format {version}, of a later release or of none: use the release that wrote it, or put back a "
+            "good copy. Nothing was changed"
+        )
+    return make(pair, salvages)
