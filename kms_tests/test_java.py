@@ -215,8 +215,8 @@ def test_weak_costs_of_a_migrated_keystore_are_raised_and_told(data: Path) -> No
     assert list(keyring.groups) == ["default", "b"]
     assert notes == [
         "keystore of the Java server: b v1 is ENABLED and has no key: it was destroyed",
-        "keystore of the Java server: each guess at its passphrase costs only 8 KiB of memory and 1 passes: it is 16 KiB and 2 passes from now on, and "
-        "as before for the file that is kept as keystore.json.v2",
+        "keystore of the Java server: each guess at its passphrase costs only 8 KiB of memory and 1 passes: it is 16 KiB "
+        "and 2 passes from now on, and as before for the file that is kept as keystore.json.v2",
     ]
     assert keystore.notes == ()
     assert path.with_name("keystore.json.v2").read_bytes() == before

@@ -162,7 +162,7 @@ def _fail(*_: object, **__: object) -> None:
     raise OSError(5, "Input/output error")
 
 
-@pytest.mark.parametrize("call", ["write", "lseek"])
+@pytest.mark.parametrize("call", ["pwrite"])
 def test_a_write_that_fails_changes_nothing_and_the_next_one_works(
     path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
@@ -182,15 +182,15 @@ def test_a_write_that_was_cut_short_and_not_taken_back_is_overwritten_by_a_short
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with World(path) as world:
-        real = os.write
+        real = os.pwrite
 
-        def half(descriptor: int, data: bytes | memoryview) -> int:
+        def half(descriptor: int, data: bytes | memoryview, at: int) -> int:
             if len(data) < 100:
                 raise OSError(28, "No space left on device")
-            return real(descriptor, data[: len(data) // 2])
+            return real(descriptor, data[: len(data) // 2], at)
 
         with monkeypatch.context() as broken:
-            broken.setattr(os, "write", half)
+            broken.setattr(os, "pwrite", half)
             broken.setattr(os, "ftruncate", _fail)
             with pytest.raises(SaveFailedError):
                 commit(world.keystore, _rotated(world.keystore, world.keyring))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import rich_click as click
 
-from kms.cli import auditing, listing, operating, render, retiring, setup
+from kms.cli import auditing, keeping, listing, operating, render, retiring, setup
 from kms.cli.options import (
     HELP,
     Program,
@@ -195,6 +195,8 @@ for other in (
     setup.init,
     setup.new_token,
     setup.change_passphrase,
+    keeping.backup,
+    keeping.mend_keystore,
     auditing.explain,
     auditing.verify_audit,
     operating.status,

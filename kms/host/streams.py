@@ -76,6 +76,14 @@ def write_all(descriptor: int, data: ReadableBuffer) -> None:
                     _wait_for_room(descriptor)
 
 
+def write_all_at(descriptor: int, data: bytes, offset: int) -> None:
+    """Write all of `data` into a file from `offset` on."""
+    written = 0
+    with memoryview(data) as rest:
+        while written < len(rest):
+            written += os.pwrite(descriptor, rest[written:], offset + written)
+
+
 def _wait_for_room(descriptor: int) -> None:
     # Not select(2), which knows no descriptor above 1023.
     waiting = select.poll()

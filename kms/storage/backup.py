@@ -15,14 +15,21 @@ from kms.storage.file import naming
 from kms.storage.root_keys import RootKeys
 
 
+def check_target(target: Path) -> None:
+    """Raise `KeystoreError` unless a backup may be written to `target`."""
+    if os.path.lexists(target):
+        raise KeystoreError(f"there is something at {target} already; it is not touched. Name another file")
+    if not target.parent.is_dir():
+        raise FileAccessError(f"there is no directory {target.parent}; make it first, or name another file")
+
+
 def back_up(keystore: Path, passphrase: Secret, target: Path) -> int:
     """Write the keystore, and what is in its journal, whole to `target`, durably; returns its generation.
 
     It needs no lock, and opens every key first: a backup that was made can be put back. Raises what `load` raises, and
     `KeystoreError` where there is something at `target` already.
     """
-    if os.path.lexists(target):
-        raise KeystoreError(f"there is something at {target} already; it is not touched. Name another file")
+    check_target(target)
     pair = read_pair(keystore)
     with naming(keystore), contextlib.ExitStack() as wipes:
         opener = formats.opener(pair)

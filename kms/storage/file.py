@@ -195,13 +195,14 @@ class Keystore:
                 start = journal.header(named, keyring.generation, self._keys.journal_mac)
                 begun.write(start)
                 begun.sync()
-            if self._journal is None and former is None and os.path.lexists(place):
-                raise exchanged(place, "made")
+                if former is None:
+                    self._put_first(begun, place)
+                    self._former_journal = named
             written = durable.write_file(self.path, content, self._last_look)
             self._last_look.was_saved(content, written)
             self._file_bytes = len(content)
             try:
-                if begun is not None:
+                if former is not None and begun is not None:
                     begun.commit()
                 elif former is not None:
                     place.unlink(missing_ok=True)
@@ -214,6 +215,16 @@ class Keystore:
         self._journal = None if named is None else JournalFile(place, len(start), journal.mac_of(start))
         self._former_journal = None
         self._replaces = None
+
+    def _put_first(self, begun: DurableFile, place: Path) -> None:
+        """Have a journal where there was none, before the keystore says that there is: nothing is in it yet."""
+        self._last_look()
+        if os.path.lexists(place):
+            raise exchanged(place, "made")
+        try:
+            begun.commit()
+        except durable.RenameError as error:
+            raise OSError(error.errno, error.strerror) from error
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
@@ -331,8 +342,17 @@ def _opened(
     there = pair.file
     if not isinstance(opener, format4.Sealed):
         front = Front(opener.header, keys.seal_check())
-        replaces = Replaced(formats.version_of(there.raw), there.raw)
-        return Keystore(lock, there, front, keys, keyring, replaces=replaces, notes=opener.notes, random=random)
+        return Keystore(
+            lock,
+            there,
+            front,
+            keys,
+            keyring,
+            former_journal=_left_behind(pair),
+            replaces=Replaced(formats.version_of(there.raw), there.raw),
+            notes=opener.notes,
+            random=random,
+        )
     found = opener.journal
     file = None
     if found is not None:
@@ -344,18 +364,16 @@ def _opened(
         keys,
         keyring,
         journal_file=file,
-        former_journal=_left_behind(pair, opener),
+        former_journal=_left_behind(pair),
         notes=opener.notes,
         trouble=opener.trouble,
         random=random,
     )
 
 
-def _left_behind(pair: Pair, opener: format4.Sealed) -> str | None:
-    """What a journal is called that is there, and that nothing goes on from."""
-    if pair.journal is None:
-        return None
-    return opener.front.journal if opener.trouble is not None else opener.front.former_journal
+def _left_behind(pair: Pair) -> str | None:
+    """What the journal is called that is there, which is written over by the next one, or taken away."""
+    return None if pair.journal is None else journal.claimed(pair.journal.raw) or "none that can be read"
 
 
 def change_passphrase(
@@ -383,14 +401,11 @@ def change_passphrase(
         if audit_log is not None:
             wipes.enter_context(handing_over(audit_log, old_keys.audit, keys.audit, generation=keyring.generation))
         front = Front(header, keys.seal_check())
-        if isinstance(opener, format4.Sealed):
-            # All of a journal goes into the file, whatever becomes of it: its MACs are under the old key.
-            former = opener.front.former_journal if opener.journal is None else opener.front.journal
-            keystore = Keystore(lock, pair.file, front, keys, keyring, former_journal=former)
-        else:
-            replaces = Replaced(formats.version_of(pair.file.raw), pair.file.raw)
-            keystore = Keystore(lock, pair.file, front, keys, keyring, replaces=replaces)
-        keystore.write_whole()
+        version = formats.version_of(pair.file.raw)
+        replaces = None if version == format4.FORMAT else Replaced(version, pair.file.raw)
+        # All of a journal goes into the file, whatever becomes of it: its MACs are under the old key.
+        former = _left_behind(pair)
+        Keystore(lock, pair.file, front, keys, keyring, former_journal=former, replaces=replaces).write_whole()
         return opener.notes
 
 

@@ -9,7 +9,7 @@ import msgspec
 from msgspec import Struct
 
 from kms.errors import KeystoreError
-from kms.storage import format2, format3, format4
+from kms.storage import format2, format3, format4, journal
 from kms.storage.content import Pair
 from kms.storage.stored import decode_json
 
@@ -43,4 +43,6 @@ def opener(pair: Pair, *, salvages: bool = False) -> AnyOpener:
             f"it has the format {version}, of a later release or of none: use the release that wrote it, or put back a "
             "good copy. Nothing was changed"
         )
+    if version != format4.FORMAT:
+        journal.check_unnamed(pair.journal_raw)
     return make(pair, salvages)

@@ -125,13 +125,14 @@ def read(raw: bytes | None, named: Named, mac: Mac) -> Journal | None:
         if named.current is not None:
             raise KeystoreError(MISSING.format(named.generation))
         return None
-    claimed = _claimed(raw)
-    if claimed is not None and claimed == named.former:
+    mine = claimed(raw)
+    if mine is not None and mine == named.former:
         # A server was ended right after the keystore had its name, in which all of this is.
         return None
     if named.current is None:
-        raise KeystoreError(_UNNAMED)
-    if claimed is not None and claimed != named.current:
+        check_unnamed(raw)
+        return None
+    if mine is not None and mine != named.current:
         raise KeystoreError(_ANOTHERS)
     journal, trouble = _verified(raw, named, mac)
     if journal is None or trouble:
@@ -144,7 +145,14 @@ def salvage(raw: bytes | None, named: Named, mac: Mac) -> Journal | None:
     return None if raw is None or named.current is None else _verified(raw, named, mac)[0]
 
 
-def _claimed(raw: bytes) -> str | None:
+def check_unnamed(raw: bytes | None) -> None:
+    """Raise `KeystoreError` for what is beside a keystore that names no journal, unless no change is in it."""
+    # It is begun before the keystore that names it has its name, and a server may have been ended between the two.
+    if raw is not None and (claimed(raw) is None or raw.find(b"\n") != len(raw) - 1):
+        raise KeystoreError(_UNNAMED)
+
+
+def claimed(raw: bytes) -> str | None:
     """Whose journal it says it is."""
     line = raw[: max(0, raw.find(b"\n"))]
     found = _decoded(line[:-_TAIL_BYTES] + b"}", _header_decoder)

@@ -8,7 +8,7 @@ import stat
 from pathlib import Path
 from typing import Final
 
-from kms.host.streams import write_all
+from kms.host.streams import write_all_at
 from kms.storage.content import exchanged
 from kms.storage.journal import mac_of
 
@@ -37,10 +37,9 @@ class JournalFile:
         """
         self._open()
         self._cut()
-        os.lseek(self._descriptor, self.length, os.SEEK_SET)
         self._is_torn, self._size = True, -1
         try:
-            write_all(self._descriptor, line)
+            write_all_at(self._descriptor, line, self.length)
         except OSError:
             # Left for the next one where that fails too: a beginning of a line is none.
             with contextlib.suppress(OSError):

@@ -5,7 +5,8 @@ The rules, as weak as the standard lets them be:
 - fsync of a file makes its content and its length durable, and nothing else: not its name.
 - fsync of a directory makes the names in it durable, and nothing else: not its own name, not the content of its files.
 - Of what a file had since its last fsync, anything may be there: any prefix of the operations, the last one cut off
-  anywhere; and at its full length, any of its blocks old, zero or garbage.
+  anywhere; and at its full length, any of its blocks old, zero or garbage. But what was durable before the place where it
+  was written to stays as it is, also where both are in one block: what SQLite calls a power-safe overwrite.
 - A name in a directory is, by itself and independent of all others, anything that it has been since the directory's last
   fsync. So a rename may have happened for the one name and not for the other, and later operations may be there where
   earlier ones are lost. But a single name is never torn: it leads to one file or another, or to none.
@@ -82,13 +83,16 @@ class _File:
 
     def _torn(self, how: Thorough) -> Iterator[bytes]:
         durable, latest = self.history[0], self.content
+        columns = enumerate(zip(*self.history, strict=False))
+        kept = next((at for at, column in columns if len(set(column)) > 1), min(map(len, self.history)))
         blocks = [latest[at : at + how.block] for at in range(0, len(latest), how.block)]
         old = [durable[at : at + how.block].ljust(len(block), b"\0") for at, block in _placed(blocks, how.block)]
         zero = [bytes(len(block)) for block in blocks]
         garbage = [random.Random(at).randbytes(len(block)) for at, block in _placed(blocks, how.block)]
         for other in (old, zero, garbage):
             for lost in _subsets(len(blocks), how.subsets):
-                yield b"".join(other[i] if i in lost else block for i, block in enumerate(blocks))
+                torn = b"".join(other[i] if i in lost else block for i, block in enumerate(blocks))
+                yield latest[:kept] + torn[kept:]
 
 
 def _placed(blocks: Sequence[bytes], size: int) -> Iterator[tuple[int, bytes]]:

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from kms.core.keyring import Command, CreateGroup, DisableVersion, Keyring, RotateGroup, apply, transition
 from kms.core.secret import Secret
 from kms.storage import file
-from kms.storage.lock import KeystoreLock
-from kms_tests import java_keystore
+from kms.storage.lock import KeystoreLock, journal_path
+from kms_tests import earlier_keystore, java_keystore
 from kms_tests.commits import commit
 from kms_tests.faults.program import TINY
 from kms_tests.integration.processes import PASSPHRASE
@@ -23,11 +23,10 @@ Table = dict[str, dict[int, str]]
 
 @dataclass(frozen=True)
 class Mutation:
-    """A request that saves, and what it makes of `BEFORE`. `migrates`: the keystore is of format 2 before."""
+    """A request that saves, and what it makes of `BEFORE`."""
 
     request: Mapping[str, Any]
     changed: Table
-    migrates: bool = False
 
     @property
     def after(self) -> Table:
@@ -48,7 +47,6 @@ MUTATIONS: Final = {
     "disable": Mutation(_on_default("DisableVersion", version=1), {"default": {**BEFORE["default"], 1: "DISABLED"}}),
     "enable": Mutation(_on_default("EnableVersion", version=2), {"default": {**BEFORE["default"], 2: "ENABLED"}}),
     "destroy": Mutation(_on_default("DestroyVersion", version=3), {"default": {**BEFORE["default"], 3: "DESTROYED"}}),
-    "migrate": Mutation(_on_default("RotateKeyGroup"), _ROTATED, migrates=True),
 }
 
 
@@ -56,20 +54,29 @@ def secret(passphrase: str = PASSPHRASE) -> Secret:
     return Secret(bytearray(passphrase.encode()))
 
 
-def make(keystore: Path, *, format_2: bool = False) -> None:
-    """A keystore with the groups `BEFORE`, in a directory that is there, in the place of any that is there."""
+def make_earlier(keystore: Path, version: int) -> None:
+    """A keystore with the groups `BEFORE` in an earlier format, in the place of any that is there."""
     keystore.unlink(missing_ok=True)
-    if format_2:
-        versions = [java_keystore.Version(number, status) for number, status in BEFORE["default"].items()]
-        keystore.touch(mode=0o600)
+    keystore.touch(mode=0o600)
+    statuses = BEFORE["default"]
+    if version == 2:
+        versions = [java_keystore.Version(number, status) for number, status in statuses.items()]
         keystore.write_bytes(java_keystore.write([java_keystore.Group("default", 4, versions)], PASSPHRASE))
-        return
+    else:
+        group = earlier_keystore.Group("default", tuple(statuses.values()))
+        keystore.write_bytes(earlier_keystore.write([group], PASSPHRASE))
+
+
+def make(keystore: Path) -> None:
+    """A keystore with the groups `BEFORE`, in a directory that is there, in the place of any that is there."""
+    for path in (keystore, journal_path(keystore)):
+        path.unlink(missing_ok=True)
     with KeystoreLock(keystore) as lock:
         store, keyring = file.initialise(lock, secret(), now=1, parameters=TINY)
         commands: list[Command] = [RotateGroup("default")] * 3
         for command in [*commands, DisableVersion("default", 2)]:
             keyring = apply(keyring, command, now=1, mint=store.mint)
-        commit(store, keyring)
+        commit(store, replace(keyring, generation=keyring.generation + 1))
 
 
 def make_large(keystore: Path, *, groups: int, versions: int) -> None:

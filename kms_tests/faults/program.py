@@ -11,15 +11,24 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from kms.core import derive
 from kms.core.derive import KdfParameters
+from kms.core.keyring import Command, DestroyVersion, Keyring, RotateGroup, transition
 from kms.host import durable, private
 from kms.host.durable import DurableFile
+from kms.storage import format4
+from kms.storage.file import Keystore
+from kms.storage.journal_file import JournalFile
+from kms.storage.lock import KeystoreLock
+from kms.storage.root_keys import RootKeys
 
 TINY: Final = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
+JOURNALED: Final = "import kms.limits; kms.limits.JOURNAL_FROM_BYTES = 0; "
+"""Has a server keep a journal for a keystore of any size."""
 CHEAP: Final = "from kms.core.derive import KdfParameters; KdfParameters.__init__.__defaults__ = (8, 1, 1)"
 """What a real server does not raise the costs of."""
 
@@ -69,6 +78,24 @@ def _no_fsync_at_load() -> None:
     durable.sync_names = lambda path: None
 
 
+def _append_twice() -> None:
+    real = JournalFile.append
+
+    def append(self: JournalFile, line: bytes) -> None:
+        real(self, line + line)
+
+    JournalFile.append = append  # type: ignore[method-assign]
+
+
+def _forget_the_former_journal() -> None:
+    real = format4.Encoder.encode
+
+    def encode(self: format4.Encoder, keyring: Keyring, front: format4.Front, keys: RootKeys) -> bytearray:
+        return real(self, keyring, replace(front, former_journal=None), keys)
+
+    format4.Encoder.encode = encode  # type: ignore[method-assign]
+
+
 MUTANTS: Final[dict[str, Callable[[], None]]] = {
     "no fsync of the file": _no_fsync_of_the_file,
     "no fsync of the directory": _no_fsync_of_the_directory,
@@ -76,6 +103,8 @@ MUTANTS: Final[dict[str, Callable[[], None]]] = {
     "write in place": _write_in_place,
     "no fsync of the parent": _no_fsync_of_the_parent,
     "no fsync at load": _no_fsync_at_load,
+    "append twice": _append_twice,
+    "forget the former journal": _forget_the_former_journal,
 }
 
 
@@ -104,6 +133,43 @@ def _raise(keystore: Path) -> int:
         return 0 if file.raise_costs(lock, passphrase, parameters=KdfParameters(16, 1, 1)) else 1
 
 
+def _migrate(keystore: Path) -> int:
+    with KeystoreLock(keystore) as lock:
+        store, _ = _opened(lock)
+        print(store.migrate().generation)
+    return 0
+
+
+def _rotate(keystore: Path) -> int:
+    """As a server does that has a journal: one change is a line of it, the next one another."""
+    return _change(keystore, RotateGroup("default"), RotateGroup("default"))
+
+
+def _destroy(keystore: Path) -> int:
+    """The same with a change that is a fold, and one behind it."""
+    return _change(keystore, DestroyVersion("default", 3), RotateGroup("default"))
+
+
+def _change(keystore: Path, *commands: Command) -> int:
+    with KeystoreLock(keystore) as lock:
+        store, keyring = _opened(lock)
+        for command in commands:
+            group = transition(keyring, command, now=1, mint=store.mint)
+            store.commit(keyring.generation, [group])
+            keyring = Keyring(keyring.generation + 1, {**keyring.groups, group.key_id: group})
+            # In one write, which is the answer.
+            os.write(1, b"%d\n" % keyring.generation)
+    return 0
+
+
+def _opened(lock: KeystoreLock) -> tuple[Keystore, Keyring]:
+    from kms.core.secret import Secret
+    from kms.storage import file
+
+    file.JOURNAL_FROM_BYTES = 0  # type: ignore[attr-defined]
+    return file.load(lock, Secret(bytearray(os.environb[b"MINIKMS_PASSPHRASE"])))
+
+
 def main(arguments: list[str]) -> int:
     mutant, name, *rest = arguments
     if mutant != "sound":
@@ -114,6 +180,12 @@ def main(arguments: list[str]) -> int:
         return _load(Path(rest[0]))
     if name == "raise":
         return _raise(Path(rest[0]))
+    if name == "migrate":
+        return _migrate(Path(rest[0]))
+    if name == "rotate":
+        return _rotate(Path(rest[0]))
+    if name == "destroy":
+        return _destroy(Path(rest[0]))
     from importlib import import_module
 
     return int(import_module(f"kms.cli.{name}").main(rest))

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from kms.errors import KmsError
+from kms.storage import formats
 from kms_tests.faults import disk, keystores, program, strace
 from kms_tests.faults.disk import LONG, SHORT, Disk, State, Thorough
 from kms_tests.faults.keystores import MUTATIONS, NEW_PASSPHRASE
@@ -103,9 +104,10 @@ def _old_or_new(
             return "it is neither the old nor the new one" if content is not None else "it is gone"
         if content == old and answered:
             return "it is the old one, and success had been answered"
-        kept = keystore.with_name(f"{keystore.name}.v2")
-        if content == new and b'"formatVersion":2' in old and not (kept.exists() and kept.read_bytes() == old):
-            return "the format 2 file is not kept"
+        version = formats.version_of(old)
+        kept = keystore.with_name(f"{keystore.name}.v{version}")
+        if content == new and version < 4 and not (kept.exists() and kept.read_bytes() == old):
+            return f"the format {version} file is not kept"
         return _found(keystore, passphrase if content == old else new_passphrase)
 
     return judge
@@ -138,7 +140,7 @@ def test_a_power_cut_in_a_save_of_the_server_leaves_the_old_or_the_new_keystore(
     machine: Machine, name: str, how: Thorough, scratch: Path
 ) -> None:
     mutation = MUTATIONS[name]
-    keystores.make(machine.keystore, format_2=mutation.migrates)
+    keystores.make(machine.keystore)
     old = machine.keystore.read_bytes()
     before = disk.read(machine.data)
     calls = _record_server(machine, dict(mutation.request))
@@ -151,15 +153,96 @@ def test_a_power_cut_in_a_save_of_the_server_leaves_the_old_or_the_new_keystore(
 def test_a_power_cut_while_the_costs_of_a_migrated_keystore_are_raised_leaves_the_old_or_the_new_one(
     machine: Machine, how: Thorough, scratch: Path
 ) -> None:
-    keystores.make(machine.keystore, format_2=True)
+    keystores.make_earlier(machine.keystore, 2)
     old = machine.keystore.read_bytes()
     before = disk.read(machine.data)
     calls = _record(machine, "raise", str(machine.keystore))
     new = machine.keystore.read_bytes()
-    assert b'"formatVersion":3' in new
+    assert b'"formatVersion":4' in new
     verdict = check(Disk(machine.data, before), calls, _old_or_new("keystore.json", old, new), how, scratch)
     print(f"raised costs: {verdict.states} states")
     assert verdict.bad is None
+
+
+@pytest.mark.parametrize("version", [2, 3])
+def test_a_power_cut_in_a_migration_leaves_the_old_or_the_new_keystore(
+    machine: Machine, how: Thorough, scratch: Path, version: int
+) -> None:
+    keystores.make_earlier(machine.keystore, version)
+    old = machine.keystore.read_bytes()
+    before = disk.read(machine.data)
+    calls = _record(machine, "migrate", str(machine.keystore))
+    new = machine.keystore.read_bytes()
+    assert b'"formatVersion":4' in new
+    verdict = check(Disk(machine.data, before), calls, _old_or_new("keystore.json", old, new), how, scratch)
+    print(f"migrate: {verdict.states} states")
+    assert verdict.bad is None
+
+
+def _with_journal(machine: Machine, name: str, how: Thorough, scratch: Path, mutant: str = "sound") -> Verdict:
+    """Two commits of one program, to a keystore that has a journal; it prints each generation once that is durable."""
+    keystores.make(machine.keystore)
+    _record(machine, "rotate", str(machine.keystore))
+    first = keystores.load(machine.keystore)
+    before = disk.read(machine.data)
+    calls = _record(machine, name, str(machine.keystore), mutant=mutant)
+    answers = 0
+    total = Verdict()
+    cut = Disk(machine.data, before)
+    for call in (None, *calls):
+        answers += call is not None and _is_answer(call) and call.name == "write"
+        if call is not None and not cut.apply(call):
+            continue
+        for state in cut.states(how):
+            total.states += 1
+            place = scratch / "state"
+            place.mkdir(mode=0o700)
+            disk.write(state, place)
+            total.bad = _at_least(place / "keystore.json", first.generation + answers)
+            shutil.rmtree(place)
+            if total.bad:
+                total.bad = f"after {call.name if call else 'nothing'}: {total.bad}"
+                return total
+    assert answers == 2
+    return total
+
+
+def _at_least(keystore: Path, generation: int) -> str | None:
+    try:
+        found = keystores.load(keystore).generation
+    except KmsError as error:
+        return f"it does not load: {error}"
+    left = [path.name for path in keystore.parent.iterdir() if ".tmp-" in path.name]
+    if left:
+        return f"temp files survive: {left}"
+    return None if found in (generation, generation + 1) else f"it has generation {found}, and {generation} was answered"
+
+
+@pytest.mark.parametrize("name", ["rotate", "destroy"])
+def test_a_power_cut_in_a_commit_to_a_journal_or_in_a_fold_takes_nothing_back_that_was_answered(
+    machine: Machine, how: Thorough, scratch: Path, name: str
+) -> None:
+    verdict = _with_journal(machine, name, how, scratch)
+    print(f"{name}, with a journal: {verdict.states} states")
+    assert verdict.bad is None
+
+
+@pytest.mark.parametrize(
+    ("name", "mutant", "symptom"),
+    [
+        ("rotate", "no fsync of the file", "was answered"),
+        ("rotate", "append twice", "it does not load"),
+        ("destroy", "rename before fsync", "it does not load"),
+        ("destroy", "no fsync of the directory", "it does not load"),
+        ("destroy", "forget the former journal", "it does not load"),
+    ],
+)
+def test_a_journal_or_a_fold_that_breaks_a_rule_is_noticed(
+    machine: Machine, scratch: Path, name: str, mutant: str, symptom: str
+) -> None:
+    verdict = _with_journal(machine, name, SHORT, scratch, mutant)
+    assert verdict.bad is not None
+    assert symptom in verdict.bad
 
 
 def _change_passphrase(machine: Machine, how: Thorough, scratch: Path, mutant: str = "sound") -> Verdict:

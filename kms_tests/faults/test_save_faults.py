@@ -88,7 +88,7 @@ class Subject:
     def __init__(self, machine: Machine, mutation: Mutation) -> None:
         self.machine = machine
         self.mutation = mutation
-        keystores.make(machine.keystore, format_2=mutation.migrates)
+        keystores.make(machine.keystore)
         self.old = machine.keystore.read_bytes()
         self.server: Server | None = None
         self._wire: Wire | None = None
@@ -96,13 +96,10 @@ class Subject:
 
     def fresh(self) -> Server:
         """A server on the old keystore with a connection; the one that is there if it has that."""
-        kept = list(self.machine.data.glob("keystore.json.v2*"))
-        is_old = self.machine.keystore.read_bytes() == self.old and not kept
+        is_old = self.machine.keystore.read_bytes() == self.old
         if is_old and self.server is not None and self.server.process.poll() is None:
             return self.server
         self.stop()
-        for path in kept:
-            path.unlink()
         self.machine.keystore.write_bytes(self.old)
         return self._start()
 
@@ -154,8 +151,6 @@ class Subject:
         found = server.groups()
         assert found in (BEFORE, self.mutation.after)
         assert (content == self.old) == (found == BEFORE)
-        if self.mutation.migrates and found != BEFORE:
-            assert self.machine.keystore.with_name("keystore.json.v2").read_bytes() == self.old
         self.lives_with(found)
         return found
 
@@ -226,7 +221,7 @@ def test_a_server_survives_every_fault_at_every_step_of_a_save(machine: Machine,
         assert {step.name for step in recorded} >= {"openat", "write", "fsync", "close", "rename"}
         for number, step in enumerate(recorded):
             # The others make the calls of a rotation: in the short form each of their steps gets one of the faults.
-            is_whole = long or name in ("rotate", "migrate")
+            is_whole = long or name == "rotate"
             for action in ACTIONS if is_whole else ACTIONS[number % 3 :][:1]:
                 print(f"{name}: {action} at {step.name} #{step.when}")
                 _disturb(subject, step, action)
@@ -242,8 +237,7 @@ def test_a_server_survives_a_disk_that_is_full_after_any_length(machine: Machine
     with _subject(machine, MUTATIONS[name]) as subject:
         subject.fresh()
         subject.saves_again()
-        # Both files of a migration: what is kept is written first.
-        size = max(len(subject.old) if subject.mutation.migrates else 0, machine.keystore.stat().st_size)
+        size = machine.keystore.stat().st_size
         server = subject.fresh()
         hard = resource.prlimit(server.pid, resource.RLIMIT_FSIZE)[1]
         lengths = _lengths(size, long=long)

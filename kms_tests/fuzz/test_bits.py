@@ -132,7 +132,7 @@ def test_no_flipped_bit_within_a_binary_field_is_lost_in_its_base64(raw: bytes, 
     tree = json.loads(raw)
     for group in tree["keyGroups"]:
         for version in group["versions"]:
-            name: Any = next(name for name in version if name.startswith("wrappedKek"))
+            name: Any = next(name for name in version if name.startswith("wrapped"))
             if version[name] is None:
                 continue
             whole = version[name]
