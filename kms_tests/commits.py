@@ -8,6 +8,6 @@ from kms.storage.file import Keystore
 
 def commit(store: Keystore, keyring: Keyring) -> None:
     """Have `store` hold `keyring`, by a commit of the groups that differ; its generation is the next one."""
-    before = store._keyring.groups
+    before = store._groups
     changed = [group for name, group in keyring.groups.items() if before.get(name) is not group]
     store.commit(keyring.generation - 1, changed)

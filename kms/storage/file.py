@@ -80,7 +80,8 @@ class Keystore:
         self._looking = Lock()
         self._front = front
         self._keys = keys
-        self._keyring = Keyring(keyring.generation, dict(keyring.groups))
+        self._generation = keyring.generation
+        self._groups = dict(keyring.groups)
         self._journal = journal_file
         self._former_journal = former_journal
         self._replaces = replaces
@@ -105,15 +106,17 @@ class Keystore:
         `KeystoreReplacedError` when it is another's by now.
         """
         with self._looking:
-            if expected_generation != self._keyring.generation:
+            if expected_generation != self._generation:
                 raise SaveFailedError(
-                    f"cannot save {self.path}: it has generation {self._keyring.generation}, not {expected_generation}"
+                    f"cannot save {self.path}: it has generation {self._generation}, not {expected_generation}"
                 )
-            groups = {**self._keyring.groups, **{group.key_id: group for group in changed}}
-            after = Keyring(expected_generation + 1, groups)
-            if not self._append(after, changed):
-                self._write(after, with_journal=self._file_bytes >= JOURNAL_FROM_BYTES)
-            self._keyring = after
+            generation = expected_generation + 1
+            if not self._append(generation, changed):
+                groups = {**self._groups, **{group.key_id: group for group in changed}}
+                self._write(Keyring(generation, groups), with_journal=self._file_bytes >= JOURNAL_FROM_BYTES)
+            # In place: to copy a map of 10,000 takes a quarter of what a commit takes.
+            self._groups.update((group.key_id, group) for group in changed)
+            self._generation = generation
 
     def settle(self) -> None:
         """Fold the journal, so that what is left behind is one file. What fails is told in the log, and no failure."""
@@ -121,21 +124,20 @@ class Keystore:
             if self._journal is None:
                 return
             try:
-                self._write(self._keyring, with_journal=False)
+                self._write(Keyring(self._generation, self._groups), with_journal=False)
             except KmsError as error:
                 log.warning("the journal of the keystore stays beside it: %s", error)
 
     def write_whole(self) -> None:
         """Write all of it anew, in one file, as the next generation; raises as `commit`."""
         with self._looking:
-            after = self._keyring.next_generation()
-            self._write(after, with_journal=False)
-            self._keyring = after
+            self._write(Keyring(self._generation + 1, self._groups), with_journal=False)
+            self._generation += 1
 
     def migrate(self) -> Keyring:
         """Write what was of an earlier format in the present one; the keyring as it is then. Raises as `commit`."""
-        self.commit(self._keyring.generation, ())
-        return self._keyring
+        self.commit(self._generation, ())
+        return Keyring(self._generation, dict(self._groups))
 
     def look(self) -> None:
         """Raise `KeystoreReplacedError` when what is there is not what was saved here last, `OSError` when nobody knows.
@@ -156,12 +158,12 @@ class Keystore:
         if self._journal is not None:
             self._journal.close()
 
-    def _append(self, after: Keyring, changed: Sequence[KeyGroup]) -> bool:
-        """Write `changed` into the journal; whether it is to be written so."""
+    def _append(self, generation: int, changed: Sequence[KeyGroup]) -> bool:
+        """Write `changed`, as of `generation`, into the journal; whether it is to be written so."""
         file = self._journal
         if file is None or any(self._loses_a_key(group) for group in changed):
             return False
-        line = journal.record(after.generation, file.last, list(map(self._encoder.group, changed)), self._keys.journal_mac)
+        line = journal.record(generation, file.last, list(map(self._encoder.group, changed)), self._keys.journal_mac)
         if file.length + len(line) > max(MIN_FOLD_BYTES, self._file_bytes):
             return False
         with self._translated():
@@ -170,7 +172,7 @@ class Keystore:
         return True
 
     def _loses_a_key(self, group: KeyGroup) -> bool:
-        before = self._keyring.groups.get(group.key_id)
+        before = self._groups.get(group.key_id)
         if before is None or before.versions is group.versions:
             return False
         return any(v.wrapped is not None and group.versions[v.version].wrapped is None for v in before.versions.values())

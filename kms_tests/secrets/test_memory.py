@@ -31,7 +31,7 @@ from kms_tests.secrets.memory import Launcher, copies, end, pieces, stopping_at_
 LENGTHS = (28, 200, 3000)
 """Bytes of a passphrase: small blocks, large blocks, and what the allocators of Python and C hand out differently."""
 MOST_COPIES = 3
-KEY_NAMES = ("root key", "wrapping key", "check key", "MAC key")
+KEY_NAMES = ("root key", "wrapping key", "check key", "MAC key", "journal's MAC key")
 
 KEEPS_A_COPY = """
 import sys
@@ -47,13 +47,13 @@ sys.exit(main())
 """
 KEEPS_THE_ROOT_KEY = """
 import sys
-from kms.storage import format4
-class Keeping(document.RootKeys):
+from kms.storage import root_keys
+class Keeping(root_keys.RootKeys):
     def __init__(self, root):
         super().__init__(root)
         global copy
         copy = bytes(root.view())
-document.RootKeys = Keeping
+root_keys.RootKeys = Keeping
 from kms.storage import file
 file.RootKeys = Keeping
 from kms.cli.server import main
