@@ -39,7 +39,7 @@ from kms.errors import (
 if TYPE_CHECKING:
     from kms.client.async_ import AsyncKmsClient
     from kms.client.blocking import KmsClient
-    from kms.client.protocol import DataKey
+    from kms.client.protocol import DataKey, WrappedDataKey
     from kms.core.usage import Operations, Refusals, TimedDisable, VersionUsage
     from kms.wire.messages import KeyGroupView, RuleView, ServerView, StatusView, VersionState, VersionView
 
@@ -81,6 +81,7 @@ __all__ = [
     "VersionUsage",
     "VersionView",
     "WireError",
+    "WrappedDataKey",
     "__version__",
 ]
 
@@ -98,6 +99,7 @@ _LAZY = {
     "VersionState": "kms.wire.messages",
     "VersionUsage": "kms.core.usage",
     "VersionView": "kms.wire.messages",
+    "WrappedDataKey": "kms.client.protocol",
 }
 
 

@@ -104,6 +104,8 @@ TOKEN_BYTES: Final = 32
 """Entropy of a token made by `kms-admin init`."""
 KEY_BYTES: Final = 32
 UUID_BYTES: Final = 16
+MAX_DATA_KEY_BYTES: Final = 1024
+"""Of a data key, and of what GenerateRandom gives."""
 """AES-256: root key, KEK and DEK."""
 
 # Principals. What a person writes is far below these; a file above them is not one that a person wrote.

@@ -106,6 +106,29 @@ def test_every_operation_of_the_data_plane_is_on_record_with_the_version_it_used
     assert (moved.from_group, moved.from_version) == ("default", 1)
 
 
+def test_a_data_key_under_several_groups_is_on_record_once_for_each(server: Audited) -> None:
+    server.admin("CreateKeyGroup", keyId="archive")
+    server.log.records.clear()
+    for kind in ("GenerateDataKey", "GenerateDataKeyWithoutPlaintext"):
+        server.ask(kind, alsoKeyIds=["archive"])
+        server.ask(kind, alsoKeyIds=["archive", "absent"])
+    server.ask("GenerateRandom", bytes=8)
+    assert [record[1:] for record in server.on_record()] == [
+        *(
+            ("api", kind, group, version, *outcome)
+            for kind in ("GenerateDataKey", "GenerateDataKeyWithoutPlaintext")
+            for group, version, outcome in (
+                ("default", 1, ("ok", None)),
+                ("archive", 1, ("ok", None)),
+                ("default", None, ("refused", "InvalidRequest")),
+                ("archive", None, ("refused", "InvalidRequest")),
+                ("absent", None, ("refused", "InvalidRequest")),
+            )
+        ),
+        ("api", "GenerateRandom", None, None, "ok", None),
+    ]
+
+
 def test_every_refusal_is_on_record(server: Audited) -> None:
     forged = b64decode(server.ask("Encrypt", plaintext="")["ciphertext"])
     server.log.records.clear()

@@ -9,7 +9,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -23,7 +23,7 @@ from kms.cli.client import main
 from kms.cli.signals import stop_signals_raise
 from kms.client import blocking, files
 from kms.client.environment import find_server
-from kms.client.protocol import DataKey
+from kms.client.protocol import DataKey, WrappedDataKey
 from kms.errors import ConfigError
 from kms.limits import MAX_FRAME_BYTES
 
@@ -68,8 +68,19 @@ class FakeClient:
             raise self.failure
         return "ok"
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
-        return DataKey(b"k" * 32, SEALED + aad + (key_id or "default").encode())
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, length: int | None = None, also_key_ids: Sequence[str] = ()
+    ) -> DataKey:
+        also = tuple(SEALED + name.encode() for name in also_key_ids)
+        return DataKey(b"k" * (length or 32), SEALED + aad + (key_id or "default").encode(), also)
+
+    def generate_data_key_without_plaintext(
+        self, key_id: str | None = None, aad: bytes = b"", *, length: int | None = None, also_key_ids: Sequence[str] = ()
+    ) -> WrappedDataKey:
+        return WrappedDataKey(SEALED + aad, tuple(SEALED + name.encode() for name in also_key_ids))
+
+    def generate_random(self, length: int) -> bytes:
+        return b"r" * length
 
     def encrypt(self, plaintext: bytes, key_id: str | None = None, aad: bytes = b"") -> bytes:
         return SEALED + plaintext
@@ -418,7 +429,7 @@ def test_file_commands_hand_paths_and_streams_on(
         "aad": b"ctx",
         "progress": None,
         **{keys[option]: name for option, name in zip(more[::2], more[1::2], strict=True)},
-        **({"file_format": "mke2"} if command == "encrypt-file" else {}),
+        **({"file_format": "mke2", "also_key_ids": ()} if command == "encrypt-file" else {}),
     }
     assert main([command, "--in", "-", "--out", "-", "--aad", "ctx", *more]) == 0
     assert calls.pop() == (None, None, named)

@@ -9,7 +9,7 @@ import io
 import os
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,9 @@ class FakeClient:
     def __init__(self) -> None:
         self.calls = 0
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+    ) -> DataKey:
         plaintext = os.urandom(32)
         return DataKey(plaintext, self.encrypt(plaintext, key_id or "default", aad))
 
@@ -209,7 +211,9 @@ def test_a_file_that_is_no_container_is_refused_before_the_server_is_asked() -> 
 
 def test_a_data_key_of_another_length_is_a_protocol_error(tmp_path: Path) -> None:
     class Odd(FakeClient):
-        def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+        def generate_data_key(
+            self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+        ) -> DataKey:
             return DataKey(b"short", b"w")
 
     with pytest.raises(ProtocolError):

@@ -20,6 +20,7 @@ from kms.errors import KeystoreError, KeystoreReplacedError, SaveFailedError, Sa
 from kms.storage import backup, file, mending
 from kms.storage.file import Keystore
 from kms.storage.lock import KeystoreLock, journal_path
+from kms_tests import earlier_keystore
 from kms_tests.commits import commit
 from kms_tests.fuzz.targets import journal_parts, open_journal
 
@@ -409,3 +410,65 @@ def test_there_is_nothing_to_mend_where_all_is_well(path: Path) -> None:
     with KeystoreLock(path) as lock, pytest.raises(KeystoreError, match="nothing to mend"):
         mending.mend(lock, _secret())
     assert path.read_bytes() == before
+
+
+# a change of the passphrase, and earlier formats
+
+
+def test_a_change_of_passphrase_takes_all_of_the_journal_into_the_file(path: Path, tiny: KdfParameters) -> None:
+    with World(path) as world:
+        world.rotate()
+    left = journal_path(path).read_bytes()
+    with KeystoreLock(path) as lock:
+        file.change_passphrase(lock, _secret(), _secret(b"another"), parameters=tiny)
+    assert not journal_path(path).exists()
+    # As if it had been ended before the journal was gone: the MACs in that are under the old key.
+    journal_path(path).write_bytes(left)
+    journal_path(path).chmod(0o600)
+    with KeystoreLock(path) as lock:
+        keystore, keyring = file.load(lock, _secret(b"another"))
+        assert list(keyring.groups["default"].versions) == list(world.keyring.groups["default"].versions)
+        commit(keystore, _rotated(keystore, keyring))
+        keystore.wipe()
+
+
+def test_a_keystore_of_format_3_beside_a_journal_with_changes_is_refused(path: Path) -> None:
+    with World(path) as world:
+        world.rotate()
+    path.write_bytes(earlier_keystore.write([earlier_keystore.Group("default")], "correct horse"))
+    with pytest.raises(KeystoreError, match="does not name"):
+        _loaded(path)
+
+
+def test_a_migration_that_was_ended_once_the_journal_was_begun_is_made_again(path: Path) -> None:
+    begun = journal_path(path).read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(earlier_keystore.write([earlier_keystore.Group("default")], "correct horse"))
+    journal_path(path).write_bytes(begun)
+    with World(path) as world:
+        world.keyring = world.keystore.migrate()
+        world.rotate()
+    assert _loaded(path) == world.keyring
+    assert path.with_name("keystore.json.v3").exists()
+
+
+def test_a_first_journal_that_the_keystore_was_not_saved_after_is_no_hindrance(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with World(path) as world:
+        world.keystore.settle()
+        real = os.rename
+
+        def rename(source: str, target: Path, **more: object) -> None:
+            if Path(target).name == "keystore.json":
+                raise OSError(28, "No space left on device")
+            real(source, target)
+
+        with monkeypatch.context() as broken:
+            broken.setattr(os, "rename", rename)
+            with pytest.raises(SaveFailedError):
+                commit(world.keystore, _rotated(world.keystore, world.keyring))
+        assert journal_path(path).exists()
+        assert _loaded_beside(path) == world.keyring
+        world.rotate()
+        world.rotate()
+    assert _loaded(path) == world.keyring

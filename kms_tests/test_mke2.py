@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from unittest.mock import patch
 
@@ -41,9 +41,12 @@ class Client:
         self.refuses: dict[str, Exception] = {}
         self.asked: list[tuple[str, str | None]] = []
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+    ) -> DataKey:
         key = os.urandom(32)
-        return DataKey(key, wrapped(key, key_id or "default", aad))
+        also = tuple(wrapped(key, name, aad) for name in also_key_ids)
+        return DataKey(key, wrapped(key, key_id or "default", aad), also)
 
     def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         named = mke2.recipient(ciphertext)
@@ -391,7 +394,9 @@ def test_another_file_can_be_under_no_second_group(content: bytes) -> None:
 
 def test_a_server_that_wraps_keys_as_earlier_ones_did_is_told() -> None:
     class Earlier(Client):
-        def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+        def generate_data_key(
+            self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+        ) -> DataKey:
             return DataKey(bytes(32), keks.sealed_earlier(EnvelopeKey(Secret(bytearray(32))), bytes(32)))
 
     with pytest.raises(ProtocolError, match="write MKE1, or take a newer server"):

@@ -33,6 +33,8 @@ def test_the_operations_are_the_ones_of_the_wire() -> None:
     assert {operation.value for operation in Operation} == {
         "Health",
         "GenerateDataKey",
+        "GenerateDataKeyWithoutPlaintext",
+        "GenerateRandom",
         "Encrypt",
         "Decrypt",
         "ReEncrypt",

@@ -45,7 +45,7 @@ class World(Server):
         self.usage.save = self.save  # type: ignore[method-assign]
         self.trials = Trials(self.manager, self.usage, self.sync_record)
         provider = LocalMasterKeyProvider(self.manager)
-        handlers = Handlers(provider, self.trials, self.trials, new_data_key=lambda: bytes(32))
+        handlers = Handlers(provider, self.trials, self.trials, random=bytes)
         trail = AuditTrail(self.log, DataAudit.ALL)
         authenticator = self.pipeline.authenticator
         self.pipeline = RequestPipeline(handlers, authenticator, AllowAll(), trail=trail, usage=self.usage)

@@ -34,6 +34,7 @@ WRONG: dict[str, list[Any]] = {
     "bool": [1, 0, "yes", None, *NONE_OF_THEM],
     "PathOrStream": [1, 1.5, b"path", [1], {}, object(), io.StringIO()],
     "Progress | None": [1, "yes", [1], {}],
+    "Sequence[str]": ["text", b"bytes", None, 5, [None], [1], [b"x"], object()],
     "Iterable[BytesLike]": [5, None, "text", b"bytes", ["text"], [None], [1]],
 }
 RIGHT: dict[str, Any] = {
@@ -43,6 +44,7 @@ RIGHT: dict[str, Any] = {
     "ciphertexts": [BLOB],
     "key_id": "default",
     "version": 1,
+    "length": 1,
     "source": "/nowhere/at/all",
     "target": "/nowhere/at/all",
 }

@@ -42,7 +42,7 @@ class Counted(Server):
         """As after a stop: all that is known is what the file says."""
         self.usage = Usage(self.manager.current, load(self.path), self.path, lambda: self.now)
         trials = Trials(self.manager, self.usage, unrecorded)
-        handlers = Handlers(LocalMasterKeyProvider(self.manager), trials, trials, new_data_key=lambda: bytes(32))
+        handlers = Handlers(LocalMasterKeyProvider(self.manager), trials, trials, random=bytes)
         self.pipeline = RequestPipeline(handlers, self.pipeline.authenticator, AllowAll(), usage=self.usage)
 
     def later(self, seconds: float) -> None:

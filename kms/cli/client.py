@@ -13,6 +13,8 @@ import rich_click as click
 from kms.cli import render, screen
 from kms.cli.data_options import (
     aad_options,
+    also_option,
+    bytes_option,
     force_option,
     from_key_option,
     group_option,
@@ -45,7 +47,7 @@ from kms.cli.signals import stop_signals_raise
 from kms.client.environment import API
 from kms.errors import ConfigError, InputError
 from kms.host.hardening import forbid_dumps
-from kms.limits import MAX_FRAME_BYTES
+from kms.limits import KEY_BYTES, MAX_FRAME_BYTES
 
 PROGRAM: Final = "kms-client"
 
@@ -85,17 +87,43 @@ def health(settings: Settings) -> None:
 
 @command.command("generate-data-key", epilog=examples("kms-client --json generate-data-key --key billing"))
 @group_option
+@also_option
+@bytes_option
+@click.option("--no-plaintext", is_flag=True, help="Only wrapped, for who opens it later or elsewhere.")
 @aad_options
 @click.pass_obj
-def generate_data_key(settings: Settings, key: str | None, aad: bytes) -> None:
+def generate_data_key(
+    settings: Settings, key: str | None, also: tuple[str, ...], length: int | None, aad: bytes, *, no_plaintext: bool
+) -> None:
     """Make a data key: once in the clear, to encrypt with and forget, and once wrapped, to keep beside the data."""
+    fields: dict[str, Any] = {}
     with connected(settings, API) as (client, _), naming(key):
-        data_key = client.generate_data_key(key, aad)
+        if no_plaintext:
+            wrapped = client.generate_data_key_without_plaintext(key, aad, length=length, also_key_ids=also)
+            fields["wrappedDataKey"], others = wrapped.wrapped, wrapped.also
+        else:
+            made = client.generate_data_key(key, aad, length=length, also_key_ids=also)
+            fields["plaintextDataKey"], fields["wrappedDataKey"], others = made.plaintext, made.wrapped, made.also
     if settings.json:
-        render.document(plaintextDataKey=data_key.plaintext, wrappedDataKey=data_key.wrapped)
+        render.document(**fields, **({"wrappedDataKeys": list(others)} if also else {}))
+        return
+    for name, value in fields.items():
+        render.to_copy(f"{name}: {_base64(value)}")
+    for name, value in zip(also, others, strict=True):
+        render.to_copy(f"{name}: {_base64(value)}")
+
+
+@command.command("generate-random", epilog=examples("kms-client generate-random --bytes 32"))
+@bytes_option
+@click.pass_obj
+def generate_random(settings: Settings, length: int | None) -> None:
+    """Get random bytes from the server, as base64."""
+    with connected(settings, API) as (client, _):
+        drawn = client.generate_random(KEY_BYTES if length is None else length)
+    if settings.json:
+        render.document(plaintext=drawn)
     else:
-        render.to_copy(f"plaintextDataKey: {_base64(data_key.plaintext)}")
-        render.to_copy(f"wrappedDataKey: {_base64(data_key.wrapped)}")
+        render.to_copy(_base64(drawn))
 
 
 @command.command(
@@ -158,6 +186,7 @@ def decrypt(settings: Settings, source: str, target: str, from_key: str | None, 
 @source_option
 @target_option
 @group_option
+@also_option
 @click.option(
     "--format",
     "file_format",
@@ -170,7 +199,15 @@ def decrypt(settings: Settings, source: str, target: str, from_key: str | None, 
 @force_option
 @click.pass_obj
 def encrypt_file(
-    settings: Settings, source: str, target: str, key: str | None, file_format: str, aad: bytes, *, force: bool
+    settings: Settings,
+    source: str,
+    target: str,
+    key: str | None,
+    also: tuple[str, ...],
+    file_format: str,
+    aad: bytes,
+    *,
+    force: bool,
 ) -> None:
     """Encrypt a file of any size under a data key of its own, in constant memory."""
     begin = origin(settings, source, target)
@@ -183,7 +220,14 @@ def encrypt_file(
         from kms.client import files
 
         files.encrypt_file(
-            client, begin, destination, key_id=key, aad=aad, progress=progress, file_format=files.format_named(file_format)
+            client,
+            begin,
+            destination,
+            key_id=key,
+            aad=aad,
+            progress=progress,
+            file_format=files.format_named(file_format),
+            also_key_ids=also,
         )
     say_written(settings, target)
 

@@ -22,7 +22,7 @@ from kms.cli.options import (
     utf8,
 )
 from kms.errors import ConfigError, DecryptionFailedError, KmsError
-from kms.limits import MAX_FRAME_BYTES
+from kms.limits import MAX_DATA_KEY_BYTES, MAX_FRAME_BYTES
 
 source_option = click.option(
     "--in", "source", type=PATH, metavar="PATH", required=True, help="Input file; - is standard input."
@@ -39,6 +39,16 @@ optional_target_option = click.option(
     "--out", "target", type=PATH, metavar="PATH", default="-", help="Output file instead of standard output."
 )
 group_option = key_option("Key group. [default: default]")
+also_option = click.option(
+    "--also-key", "also", metavar="NAME", multiple=True, help="One more key group that opens it; up to 15, each named so."
+)
+bytes_option = click.option(
+    "--bytes",
+    "length",
+    type=click.IntRange(1, MAX_DATA_KEY_BYTES),
+    metavar="N",
+    help="How many, 1 to 1024. [default: 32]",
+)
 from_key_option = key_option("The only key group that the input may be under; of any other it does not open.", "--from-key")
 force_option = click.option("--force", is_flag=True, help="Write to a terminal what is not printable text, too.")
 

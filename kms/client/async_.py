@@ -6,7 +6,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -15,7 +15,18 @@ from kms.client.environment import ADMIN, API, found
 from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Links
 from kms.client.loops import Event, Loop, current
-from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token, check_text
+from kms.client.protocol import (
+    BytesLike,
+    Call,
+    DataKey,
+    Exchange,
+    Requests,
+    T,
+    Token,
+    WrappedDataKey,
+    check_text,
+    texts,
+)
 from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import ServerUnreachableError
 from kms.limits import (
@@ -153,9 +164,31 @@ class AsyncKmsClient:
         """As `KmsClient.health`."""
         return await self._one(self._requests.health())
 
-    async def generate_data_key(self, key_id: str | None = None, aad: BytesLike = b"") -> DataKey:
+    async def generate_data_key(
+        self,
+        key_id: str | None = None,
+        aad: BytesLike = b"",
+        *,
+        length: int | None = None,
+        also_key_ids: Sequence[str] = (),
+    ) -> DataKey:
         """As `KmsClient.generate_data_key`."""
-        return await self._one(self._requests.generate_data_key(key_id, aad))
+        return await self._one(self._requests.generate_data_key(key_id, aad, length, also_key_ids))
+
+    async def generate_data_key_without_plaintext(
+        self,
+        key_id: str | None = None,
+        aad: BytesLike = b"",
+        *,
+        length: int | None = None,
+        also_key_ids: Sequence[str] = (),
+    ) -> WrappedDataKey:
+        """As `KmsClient.generate_data_key_without_plaintext`."""
+        return await self._one(self._requests.generate_data_key_without_plaintext(key_id, aad, length, also_key_ids))
+
+    async def generate_random(self, length: int) -> bytes:
+        """As `KmsClient.generate_random`."""
+        return await self._one(self._requests.generate_random(length))
 
     async def encrypt(self, plaintext: BytesLike, key_id: str | None = None, aad: BytesLike = b"") -> bytes:
         """As `KmsClient.encrypt`."""
@@ -192,6 +225,7 @@ class AsyncKmsClient:
         aad: BytesLike = b"",
         progress: Progress | None = None,
         file_format: str = "mke2",
+        also_key_ids: Sequence[str] = (),
     ) -> None:
         """As `KmsClient.encrypt_file`, in a thread; `progress` is called there. It is not cancelled before its end."""
         # Here, since who has no files does not pay for the ciphers that they take.
@@ -201,7 +235,14 @@ class AsyncKmsClient:
         given = Arguments.of(source, target, aad, progress)
         loop = current()
         form = format_named(file_format)
-        encrypt = partial(encrypt_file, key_id=key_id, aad=given.aad, progress=given.progress, file_format=form)
+        encrypt = partial(
+            encrypt_file,
+            key_id=key_id,
+            aad=given.aad,
+            progress=given.progress,
+            file_format=form,
+            also_key_ids=texts("also_key_ids", also_key_ids),
+        )
         await loop.in_thread(partial(encrypt, _FromThread(self, loop), given.source, given.target))
 
     async def decrypt_file(
@@ -378,8 +419,10 @@ class _FromThread:
         self._client = client
         self._loop = loop
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
-        return self._loop.from_thread(self._client.generate_data_key, key_id, aad)
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+    ) -> DataKey:
+        return self._loop.from_thread(partial(self._client.generate_data_key, key_id, aad, also_key_ids=also_key_ids))
 
     def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
         return self._loop.from_thread(partial(self._client.decrypt, ciphertext, aad, source_key_id=source_key_id))

@@ -6,7 +6,7 @@ import os
 import select
 import socket
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Self
 from kms.client.environment import ADMIN, API, found
 from kms.client.known_server import KnownServer, loopback, pauses
 from kms.client.links import Connect, Links
-from kms.client.protocol import BytesLike, Call, DataKey, Exchange, Requests, T, Token, check_text
+from kms.client.protocol import (
+    BytesLike,
+    Call,
+    DataKey,
+    Exchange,
+    Requests,
+    T,
+    Token,
+    WrappedDataKey,
+    check_text,
+    texts,
+)
 from kms.client.transport import advance, closed, ended, port_number, refused, seconds, silent
 from kms.errors import KmsError, ServerUnreachableError
 from kms.limits import (
@@ -157,9 +168,35 @@ class KmsClient:
         """`ok` when the server is at work and the token is right."""
         return self._one(self._requests.health())
 
-    def generate_data_key(self, key_id: str | None = None, aad: BytesLike = b"") -> DataKey:
-        """A fresh 256-bit data key, in the clear and wrapped under the group's active version."""
-        return self._one(self._requests.generate_data_key(key_id, aad))
+    def generate_data_key(
+        self,
+        key_id: str | None = None,
+        aad: BytesLike = b"",
+        *,
+        length: int | None = None,
+        also_key_ids: Sequence[str] = (),
+    ) -> DataKey:
+        """A fresh data key, in the clear and wrapped under the group's active version.
+
+        It has `length` bytes, 1 to 1024, or 32. With `also_key_ids` it is wrapped under each of these groups as well, up to
+        15 of them, or under none: whoever may use one of them can open it.
+        """
+        return self._one(self._requests.generate_data_key(key_id, aad, length, also_key_ids))
+
+    def generate_data_key_without_plaintext(
+        self,
+        key_id: str | None = None,
+        aad: BytesLike = b"",
+        *,
+        length: int | None = None,
+        also_key_ids: Sequence[str] = (),
+    ) -> WrappedDataKey:
+        """The same, wrapped alone: for who stores it now, and has it opened later or elsewhere."""
+        return self._one(self._requests.generate_data_key_without_plaintext(key_id, aad, length, also_key_ids))
+
+    def generate_random(self, length: int) -> bytes:
+        """So many bytes, 1 to 1024, from the server's generator of random numbers."""
+        return self._one(self._requests.generate_random(length))
 
     def encrypt(self, plaintext: BytesLike, key_id: str | None = None, aad: BytesLike = b"") -> bytes:
         """The ciphertext of a small secret (the whole request is at most 1 MiB by default)."""
@@ -202,11 +239,13 @@ class KmsClient:
         aad: BytesLike = b"",
         progress: Progress | None = None,
         file_format: str = "mke2",
+        also_key_ids: Sequence[str] = (),
     ) -> None:
         """Encrypt a file of any size under a data key of its own, in constant memory; it never goes to the server.
 
         `source` and `target` are paths, open binary files (they stay open), or None for standard input and output. The
         container is MKE2, or with `file_format="mke1"` MKE1, of up to 64 GiB, for programs that read nothing else.
+        With `also_key_ids` it can be opened by way of each of these key groups, too, up to 15 (MKE2 only).
         `progress` is called with the number of bytes that were read since. Raises `InputError`, `InputMissingError` and
         `FileAccessError` too; an existing target is as it was then.
         """
@@ -223,6 +262,7 @@ class KmsClient:
             aad=given.aad,
             progress=given.progress,
             file_format=format_named(file_format),
+            also_key_ids=texts("also_key_ids", also_key_ids),
         )
 
     def decrypt_file(

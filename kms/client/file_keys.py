@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 from kms.client.protocol import DataKey
@@ -13,17 +14,21 @@ from kms.limits import KEY_BYTES
 class FileClient(Protocol):
     """What is needed of a client; `KmsClient` has it."""
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey: ...
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+    ) -> DataKey: ...
 
     def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes: ...
 
     def reencrypt(self, ciphertext: bytes, key_id: str, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes: ...
 
 
-def new_data_key(client: FileClient, key_id: str | None, aad: bytes) -> tuple[bytes, Secret]:
-    """A fresh data key of 32 bytes, wrapped and in the clear."""
-    made = client.generate_data_key(key_id, aad)
-    return made.wrapped, _checked(made.plaintext)
+def new_data_key(
+    client: FileClient, key_id: str | None, aad: bytes, also_key_ids: Sequence[str] = ()
+) -> tuple[list[bytes], Secret]:
+    """A fresh data key of 32 bytes, wrapped under each of the groups and in the clear."""
+    made = client.generate_data_key(key_id, aad, also_key_ids=also_key_ids)
+    return [made.wrapped, *made.also], _checked(made.plaintext)
 
 
 def data_key(client: FileClient, wrapped: bytes, aad: bytes, source_key_id: str | None) -> Secret:

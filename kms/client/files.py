@@ -12,7 +12,7 @@ import base64
 import binascii
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, BinaryIO, Final, NamedTuple, Self
@@ -86,18 +86,21 @@ def encrypt_file(
     aad: bytes = b"",
     progress: Progress | None = None,
     file_format: FileFormat = FileFormat.MKE2,
+    also_key_ids: Sequence[str] = (),
 ) -> None:
-    """Encrypt `source` into a container at `target`, under a fresh data key of the group `key_id`.
+    """Encrypt `source` into a container at `target`, under a fresh data key of the group `key_id`, and of `also_key_ids`.
 
     Raises `InputMissingError` or `InputError` for a source or target that cannot be used, or, for MKE1, a source larger
     than 64 GiB - 32 bytes; `FileAccessError` when reading or writing fails; and what `KmsClient.generate_data_key` raises.
     On any of them an existing target is as it was.
     """
+    if also_key_ids and file_format is FileFormat.MKE1:
+        raise InputError("a file of MKE1 is under one key group; write MKE2 for several")
     with resolved(target) as target, opened_source(source, progress) as reader:
         if file_format is FileFormat.MKE1:
             mke1.encrypt(client, reader, source, target, key_id, aad)
         else:
-            mke2.encrypt(client, reader, target, key_id, aad)
+            mke2.encrypt(client, reader, target, key_id, aad, also_key_ids)
 
 
 def decrypt_file(

@@ -34,7 +34,7 @@ def encrypt(client: FileClient, reader: Reader, source: Source, target: Target, 
     if size is not None and size > MAX_GCM_PLAINTEXT_BYTES:
         raise InputError(f"{reader.name} is larger than 64 GiB - 32 bytes, the most one envelope holds; write MKE2")
     with opened_target(target) as writer:
-        wrapped, key = new_data_key(client, key_id, aad)
+        (wrapped,), key = new_data_key(client, key_id, aad)
         with key:
             sealer = StreamSealer(key, aad)
         writer.write(mke1.header(wrapped) + sealer.header)

@@ -36,12 +36,19 @@ _CHUNKS: Final = 16
 """Read and written at once: a system call for each megabyte."""
 
 
-def encrypt(client: FileClient, reader: Reader, target: Target, key_id: str | None, aad: bytes) -> None:
+def encrypt(
+    client: FileClient,
+    reader: Reader,
+    target: Target,
+    key_id: str | None,
+    aad: bytes,
+    also_key_ids: Sequence[str] = (),
+) -> None:
     """What `encrypt_file` does, into an MKE2 file."""
     with opened_target(target) as writer:
-        wrapped, key = new_data_key(client, key_id, aad)
+        wrapped, key = new_data_key(client, key_id, aad, also_key_ids)
         with key:
-            recipients = [_new_recipient(wrapped)]
+            recipients = list(map(_new_recipient, wrapped))
             salt = os.urandom(SALT_BYTES)
             commitment, chunk_key = mke2.keys(key, salt, aad)
         with chunk_key:

@@ -19,11 +19,11 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from operator import index
-from typing import Final, Generic, NamedTuple, SupportsIndex, TypeVar
+from typing import Any, Final, Generic, NamedTuple, SupportsIndex, TypeVar
 
 import msgspec
 
@@ -42,7 +42,7 @@ from kms.errors import (
     WireError,
     from_wire,
 )
-from kms.limits import MAX_REPLY_BYTES, MAX_VERSION, PIPELINE_DEPTH, READ_BYTES
+from kms.limits import KEY_BYTES, MAX_REPLY_BYTES, MAX_VERSION, PIPELINE_DEPTH, READ_BYTES
 from kms.wire.framing import Framer
 from kms.wire.messages import (
     OUTCOME_UNKNOWN,
@@ -59,6 +59,8 @@ from kms.wire.messages import (
     Encrypt,
     ErrorReply,
     GenerateDataKey,
+    GenerateDataKeyWithoutPlaintext,
+    GenerateRandom,
     Health,
     KeyGroupReply,
     KeyGroupsReply,
@@ -73,6 +75,7 @@ from kms.wire.messages import (
     Status,
     StatusReply,
     StatusView,
+    WrappedDataKeyReply,
     encode,
     group_of,
     is_request_id,
@@ -89,13 +92,23 @@ BytesLike = bytes | bytearray | memoryview
 
 @dataclass(frozen=True)
 class DataKey:
-    """A fresh data key: `plaintext`, 32 bytes to encrypt with and forget, and `wrapped`, to store beside the data.
+    """A fresh data key: `plaintext`, to encrypt with and forget, and `wrapped`, to store beside the data.
 
-    `KmsClient.decrypt(wrapped)` gives the plaintext back.
+    `KmsClient.decrypt(wrapped)` gives the plaintext back, and so does each of `also`, which are wrapped under the other
+    key groups that were asked for, in their order.
     """
 
     plaintext: bytes = field(repr=False)
     wrapped: bytes
+    also: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class WrappedDataKey:
+    """A fresh data key that nobody has seen: as `DataKey` has it, without the plaintext."""
+
+    wrapped: bytes
+    also: tuple[bytes, ...] = ()
 
 
 class Page(NamedTuple):
@@ -147,9 +160,20 @@ class Requests:
     def health(self) -> Call[str]:
         return self._call(Health(), _detail)
 
-    def generate_data_key(self, key_id: str | None, aad: BytesLike) -> Call[DataKey]:
-        check_text("key_id", key_id, is_optional=True)
-        return self._call(GenerateDataKey(key_id=key_id, aad=octets("aad", aad) or None), _data_key)
+    def generate_data_key(
+        self, key_id: str | None, aad: BytesLike, length: int | None = None, also_key_ids: Sequence[str] = ()
+    ) -> Call[DataKey]:
+        request = GenerateDataKey(**_data_key_fields(key_id, aad, length, also_key_ids))
+        return self._call(request, _data_key if length is None and not also_key_ids else partial(_data_key_of, request))
+
+    def generate_data_key_without_plaintext(
+        self, key_id: str | None, aad: BytesLike, length: int | None, also_key_ids: Sequence[str]
+    ) -> Call[WrappedDataKey]:
+        request = GenerateDataKeyWithoutPlaintext(**_data_key_fields(key_id, aad, length, also_key_ids))
+        return self._call(request, _wrapped_data_key)
+
+    def generate_random(self, length: int) -> Call[bytes]:
+        return self._call(GenerateRandom(length=_number("length", length)), _plaintext)
 
     def encrypt(self, plaintext: BytesLike, key_id: str | None, aad: BytesLike) -> Call[bytes]:
         check_text("key_id", key_id, is_optional=True)
@@ -405,6 +429,16 @@ def check_text(name: str, value: object, *, is_optional: bool = False) -> None:
         raise TypeError(f"{name} has to be str{' or None' if is_optional else ''}, not {type(value).__name__}")
 
 
+def texts(name: str, values: Sequence[str]) -> tuple[str, ...]:
+    """`values` as they are, or `TypeError`. A single text is not taken for its characters."""
+    if isinstance(values, str) or not isinstance(values, Iterable):
+        raise TypeError(f"{name} has to be several str, not {type(values).__name__}")
+    checked = tuple(values)
+    for one in checked:
+        check_text(name, one)
+    return checked
+
+
 def _check_flag(name: str, value: object) -> None:
     if not isinstance(value, bool):
         raise TypeError(f"{name} has to be bool, not {type(value).__name__}")
@@ -418,6 +452,18 @@ def _number(name: str, value: SupportsIndex) -> int:
     if abs(number) > MAX_VERSION:
         raise InvalidRequestError(f"{name}: out of range")
     return number
+
+
+def _data_key_fields(
+    key_id: str | None, aad: BytesLike, length: SupportsIndex | None, also_key_ids: Sequence[str]
+) -> dict[str, Any]:
+    check_text("key_id", key_id, is_optional=True)
+    return {
+        "key_id": key_id,
+        "aad": octets("aad", aad) or None,
+        "length": None if length is None else _number("length", length),
+        "also_key_ids": list(texts("also_key_ids", also_key_ids)) or None,
+    }
 
 
 def _from_source(ciphertext: BytesLike, source_key_id: str | None) -> bytes:
@@ -445,7 +491,22 @@ def _timed_detail(request_id: str | None, line: bytes) -> str:
 
 def _data_key(request_id: str | None, line: bytes) -> DataKey:
     reply = _decoded(_data_key_decoder, request_id, line)
-    return DataKey(plaintext=reply.plaintext_data_key, wrapped=reply.wrapped_data_key)
+    return DataKey(reply.plaintext_data_key, reply.wrapped_data_key, tuple(reply.wrapped_data_keys or ()))
+
+
+def _data_key_of(request: GenerateDataKey, request_id: str | None, line: bytes) -> DataKey:
+    """The same of more than the usual, which an older server would not know of."""
+    key = _data_key(request_id, line)
+    if len(key.plaintext) != (KEY_BYTES if request.length is None else request.length):
+        raise ProtocolError("the server is too old to make data keys of another length")
+    if len(key.also) != len(request.also_key_ids or ()):
+        raise ProtocolError("the server is too old to wrap a data key under several key groups")
+    return key
+
+
+def _wrapped_data_key(request_id: str | None, line: bytes) -> WrappedDataKey:
+    reply = _decoded(_wrapped_data_key_decoder, request_id, line)
+    return WrappedDataKey(reply.wrapped_data_key, tuple(reply.wrapped_data_keys or ()))
 
 
 def _ciphertext(request_id: str | None, line: bytes) -> bytes:
@@ -478,6 +539,9 @@ def _page(asked_with: str | None, request_id: str | None, line: bytes) -> Page:
 
 _detail_decoder: Final[msgspec.json.Decoder[DetailReply | ErrorReply]] = msgspec.json.Decoder(DetailReply | ErrorReply)
 _data_key_decoder: Final[msgspec.json.Decoder[DataKeyReply | ErrorReply]] = msgspec.json.Decoder(DataKeyReply | ErrorReply)
+_wrapped_data_key_decoder: Final[msgspec.json.Decoder[WrappedDataKeyReply | ErrorReply]] = msgspec.json.Decoder(
+    WrappedDataKeyReply | ErrorReply
+)
 _ciphertext_decoder: Final[msgspec.json.Decoder[CiphertextReply | ErrorReply]] = msgspec.json.Decoder(
     CiphertextReply | ErrorReply
 )

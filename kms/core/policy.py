@@ -13,8 +13,8 @@ A request is first authenticated, which yields a `Principal`, then authorized: t
 - Health needs no grant: whoever is authenticated may ask whether the server is there;
 - ListKeyGroups is granted by any allow rule that names it, and shows the groups on which it is allowed; of those, how
   they are used where DescribeKeyGroup is allowed;
-- Status needs no grant to ask who one is and what one may do. What it tells of the server itself is granted, as Reload is,
-  by a rule that has `*` among its groups: what is about no group is about all of them.
+- Status needs no grant to ask who one is and what one may do. What it tells of the server itself is granted, as Reload and
+  GenerateRandom are, by a rule that has `*` among its groups: what is about no group is about all of them.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ class Operation(StrEnum):
 
     HEALTH = "Health"
     GENERATE_DATA_KEY = "GenerateDataKey"
+    GENERATE_DATA_KEY_WITHOUT_PLAINTEXT = "GenerateDataKeyWithoutPlaintext"
+    GENERATE_RANDOM = "GenerateRandom"
     ENCRYPT = "Encrypt"
     DECRYPT = "Decrypt"
     RE_ENCRYPT = "ReEncrypt"
@@ -58,14 +60,22 @@ class Operation(StrEnum):
     __hash__ = str.__hash__
 
 
-WITH_AAD: Final = frozenset({Operation.GENERATE_DATA_KEY, Operation.ENCRYPT, Operation.DECRYPT, Operation.RE_ENCRYPT})
+WITH_AAD: Final = frozenset(
+    {
+        Operation.GENERATE_DATA_KEY,
+        Operation.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT,
+        Operation.ENCRYPT,
+        Operation.DECRYPT,
+        Operation.RE_ENCRYPT,
+    }
+)
 """The operations whose requests carry an AAD."""
 
 _HEALTH: Final = Operation.HEALTH
 _LIST: Final = Operation.LIST_KEY_GROUPS
 _DESTROY: Final = Operation.DESTROY_VERSION
 _EVERY_GROUP: Final = "*"
-OF_SERVER: Final = frozenset({Operation.STATUS, Operation.RELOAD})
+OF_SERVER: Final = frozenset({Operation.STATUS, Operation.RELOAD, Operation.GENERATE_RANDOM})
 """Operations on no key group but on the server."""
 
 

@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, Protocol
 
+from msgspec import structs
+
 from kms.core import ciphertext
 from kms.core.audit import EventRecord, OperationRecord, Record
 from kms.core.names import shown
@@ -37,6 +39,8 @@ from kms.wire.messages import (
     EnableVersion,
     Encrypt,
     GenerateDataKey,
+    GenerateDataKeyWithoutPlaintext,
+    GenerateRandom,
     GroupRequest,
     Health,
     KeyGroupReply,
@@ -49,6 +53,7 @@ from kms.wire.messages import (
     RotateKeyGroup,
     Status,
     VersionRequest,
+    WrappedDataKeyReply,
     group_of,
 )
 
@@ -120,7 +125,7 @@ class AuditTrail:
         if not wanted:
             return
         try:
-            self._log.write([_record(served) for served in wanted])
+            self._log.write([record for served in wanted for record in _records(served)])
         except UnavailableError:
             for served in wanted:
                 if served.error is not None:
@@ -176,6 +181,20 @@ def _counted(kind: Kind, count: int) -> EventRecord:
     )
 
 
+def _records(served: Served) -> list[OperationRecord]:
+    """One record; and, of a data key that is wrapped under several groups, one for each of the others."""
+    record, request = _record(served), served.request
+    if not isinstance(request, GenerateDataKey) or not request.also_key_ids or served.principal is None:
+        return [record]
+    made = getattr(served.reply, "wrapped_data_keys", None) or [None] * len(request.also_key_ids)
+    return [record] + [
+        structs.replace(
+            record, group=shown(group_of(name)), version=None if wrapped is None else ciphertext.version_of(wrapped)
+        )
+        for name, wrapped in zip(request.also_key_ids, made, strict=True)
+    ]
+
+
 def _record(served: Served) -> OperationRecord:
     peer, request, kind, error = served.peer, served.request, served.kind, served.error
     pid, uid, _ = peer.credentials or (None, None, None)
@@ -221,7 +240,7 @@ def _key_of_encrypt(request: Encrypt, reply: CiphertextReply | None) -> _Key:
     return shown(group_of(request.key_id)), version, None, None
 
 
-def _key_of_data_key(request: GenerateDataKey, reply: DataKeyReply | None) -> _Key:
+def _key_of_data_key(request: GenerateDataKey, reply: DataKeyReply | WrappedDataKeyReply | None) -> _Key:
     version = None if reply is None else ciphertext.version_of(reply.wrapped_data_key)
     return shown(group_of(request.key_id)), version, None, None
 
@@ -259,6 +278,8 @@ _KEYS: Final[dict[type[Request], Callable[[Any, Any], _Key]]] = {
     Health: _no_key,
     Ping: _no_key,
     GenerateDataKey: _key_of_data_key,
+    GenerateDataKeyWithoutPlaintext: _key_of_data_key,
+    GenerateRandom: _no_key,
     Encrypt: _key_of_encrypt,
     Decrypt: _key_of_decrypt,
     ReEncrypt: _key_of_re_encrypt,

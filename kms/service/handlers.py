@@ -17,7 +17,7 @@ from kms.core.names import NO_SUCH_GROUP, is_blank
 from kms.core.policy import Operation, Rule, Rules
 from kms.core.provider import KeyringManager, MasterKeyProvider, UsageKeeper
 from kms.errors import InvalidRequestError
-from kms.limits import MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
+from kms.limits import KEY_BYTES, MAX_FRAME_BYTES, MAX_REQUEST_ID_CHARACTERS
 from kms.service.listing import Description, Listing, LongReply, Reader
 from kms.service.operator import Operator
 from kms.wire import messages
@@ -72,17 +72,17 @@ class Handlers:
         keyring: KeyringManager,
         usage: UsageKeeper,
         *,
-        new_data_key: Callable[[], bytes],
+        random: Callable[[int], bytes],
         max_frame_bytes: int = MAX_FRAME_BYTES,
         operator: Operator | None = None,
     ) -> None:
-        """`new_data_key` draws 32 fresh bytes; `max_frame_bytes` is what a request line may have."""
+        """`random` draws so many fresh bytes; `max_frame_bytes` is what a request line may have."""
         self._operator = Operator() if operator is None else operator
         self._max_frame_bytes = max_frame_bytes
         self._master_keys = master_keys
         self._keyring = keyring
         self._usage = usage
-        self._new_data_key = new_data_key
+        self._random = random
 
     def data_plane(self) -> dict[type[Request], DataHandler]:
         """Which handler serves which request of the data plane."""
@@ -90,6 +90,8 @@ class Handlers:
             messages.Health: self.health,
             messages.Ping: self.health,
             messages.GenerateDataKey: self.generate_data_key,
+            messages.GenerateDataKeyWithoutPlaintext: self.generate_data_key_without_plaintext,
+            messages.GenerateRandom: self.generate_random,
             messages.Encrypt: self.encrypt,
             messages.Decrypt: self.decrypt,
             messages.ReEncrypt: self.re_encrypt,
@@ -113,9 +115,30 @@ class Handlers:
         return _HEALTHY
 
     def generate_data_key(self, request: messages.GenerateDataKey) -> Reply:
-        plaintext = self._new_data_key()
+        plaintext = self._random(KEY_BYTES if request.length is None else request.length)
         wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"", _DATA_KEY)
-        return messages.DataKeyReply(plaintext, wrapped)
+        return messages.DataKeyReply(plaintext, wrapped, self._wrapped_also(request, plaintext))
+
+    def generate_data_key_without_plaintext(self, request: messages.GenerateDataKeyWithoutPlaintext) -> Reply:
+        plaintext = self._random(KEY_BYTES if request.length is None else request.length)
+        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"", _DATA_KEY)
+        return messages.WrappedDataKeyReply(wrapped, self._wrapped_also(request, plaintext))
+
+    def generate_random(self, request: messages.GenerateRandom) -> Reply:
+        return messages.PlaintextReply(self._random(request.length))
+
+    def _wrapped_also(self, request: messages.GenerateDataKey, plaintext: bytes) -> list[bytes] | None:
+        """`plaintext` under each of the other groups that it is to be under; all of them, or the request is refused."""
+        if request.also_key_ids is None:
+            return None
+        groups = [group_of(name) for name in request.also_key_ids]
+        if len({group_of(request.key_id), *groups}) <= len(groups):
+            raise InvalidRequestError("alsoKeyIds: a key group is named twice")
+        aad = request.aad or b""
+        try:
+            return [self._master_keys.seal(group, plaintext, aad, _DATA_KEY) for group in groups]
+        except InvalidRequestError as error:
+            raise InvalidRequestError(f"alsoKeyIds: {str(error).removeprefix('keyId: ')}") from None
 
     def encrypt(self, request: messages.Encrypt) -> Reply:
         aad = request.aad or b""

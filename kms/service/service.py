@@ -11,7 +11,7 @@ import trio
 
 from kms.core.policy import AllowAll
 from kms.core.provider import KeyringHolder, KeyringManager
-from kms.limits import KEY_BYTES, MAX_FRAME_BYTES, REFUSALS_INTERVAL
+from kms.limits import MAX_FRAME_BYTES, REFUSALS_INTERVAL
 from kms.service.audit_keeper import AuditKeeper
 from kms.service.handlers import Handlers
 from kms.service.local_provider import LocalMasterKeyProvider
@@ -61,13 +61,12 @@ class Service:
         self.access = access
         self._usage = usage
         self._trials = Trials(keyring, usage, keeper.sync)
-        # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
-        new_data_key = partial(os.urandom, KEY_BYTES)
         handlers = Handlers(
             LocalMasterKeyProvider(keyring),
             self._trials,
             self._trials,
-            new_data_key=new_data_key,
+            # A data key leaves in a reply, which is immutable: a buffer that can be wiped would only add a copy, and 13 us.
+            random=os.urandom,
             max_frame_bytes=max_frame_bytes,
             operator=self.operator,
         )

@@ -32,7 +32,7 @@ from kms.service.served import Served
 from kms.service.threads import in_thread
 from kms.storage import usage_file
 from kms.storage.usage_file import Document, Record
-from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, ReEncrypt, Request
+from kms.wire.messages import Decrypt, Encrypt, GenerateDataKey, GenerateDataKeyWithoutPlaintext, ReEncrypt, Request
 
 log: Final = logging.getLogger(__name__)
 
@@ -154,7 +154,13 @@ class Usage:
             kek = blob[start : start + blob[start] + 9]
             tally = self._table.get(kek) or self._new(kek)
             tally.decrypted += 1
-        elif kind is GenerateDataKey:
+        elif kind is GenerateDataKey or kind is GenerateDataKeyWithoutPlaintext:
+            for other in reply.wrapped_data_keys or ():
+                kek = kek_id_of(other)
+                tally = self._table.get(kek) or self._new(kek)
+                tally.generated += 1
+                tally.last_used, tally.last_used_by = int(self.clock()), principal.name
+                self._mark(tally)
             kek = kek_id_of(reply.wrapped_data_key)
             tally = self._table.get(kek) or self._new(kek)
             tally.generated += 1

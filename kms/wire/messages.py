@@ -15,7 +15,7 @@ from itertools import accumulate
 from typing import Annotated, ClassVar, Final
 
 import msgspec
-from msgspec import Meta, Struct
+from msgspec import Meta, Struct, field
 
 from kms.core.names import is_blank
 from kms.core.policy import Operation, Plane
@@ -23,8 +23,10 @@ from kms.core.usage import VersionUsage
 from kms.errors import InvalidRequestError
 from kms.limits import (
     DEFAULT_KEY_GROUP,
+    MAX_DATA_KEY_BYTES,
     MAX_LIST_LIMIT,
     MAX_NESTING,
+    MAX_RECIPIENTS,
     MAX_REQUEST_ID_CHARACTERS,
     MAX_TIMED_DISABLE_SECONDS,
     MAX_VERSION,
@@ -68,6 +70,21 @@ class GenerateDataKey(DataRequest, tag="GenerateDataKey", rename="camel", kw_onl
     operation: ClassVar[Operation] = Operation.GENERATE_DATA_KEY
     key_id: str | None = None
     aad: bytes | None = None
+    length: Annotated[int, Meta(ge=1, le=MAX_DATA_KEY_BYTES)] | None = field(default=None, name="bytes")
+    """32 where it is not given."""
+    also_key_ids: Annotated[list[str], Meta(max_length=MAX_RECIPIENTS - 1)] | None = None
+    """Key groups under which it is wrapped as well."""
+
+
+class GenerateDataKeyWithoutPlaintext(GenerateDataKey, tag="GenerateDataKeyWithoutPlaintext"):
+    """For who stores it now, and opens it later or elsewhere."""
+
+    operation: ClassVar[Operation] = Operation.GENERATE_DATA_KEY_WITHOUT_PLAINTEXT
+
+
+class GenerateRandom(DataRequest, tag="GenerateRandom", rename="camel", kw_only=True):
+    operation: ClassVar[Operation] = Operation.GENERATE_RANDOM
+    length: Annotated[int, Meta(ge=1, le=MAX_DATA_KEY_BYTES)] = field(name="bytes")
 
 
 class Encrypt(DataRequest, tag="Encrypt", rename="camel", kw_only=True):
@@ -159,6 +176,8 @@ AnyRequest = (
     Health
     | Ping
     | GenerateDataKey
+    | GenerateDataKeyWithoutPlaintext
+    | GenerateRandom
     | Encrypt
     | Decrypt
     | ReEncrypt
@@ -259,8 +278,18 @@ class DetailReply(Reply, tag="ok", rename="camel"):
 
 
 class DataKeyReply(Reply, tag="ok", rename="camel"):
+    """`wrapped_data_keys` are those of `also_key_ids`, in their order."""
+
     plaintext_data_key: bytes
     wrapped_data_key: bytes
+    wrapped_data_keys: list[bytes] | None = None
+
+
+class WrappedDataKeyReply(Reply, tag="ok", rename="camel"):
+    """The same without what was wrapped."""
+
+    wrapped_data_key: bytes
+    wrapped_data_keys: list[bytes] | None = None
 
 
 class CiphertextReply(Reply, tag="ok"):
@@ -460,7 +489,7 @@ def _text(raw: msgspec.Raw) -> str:
 
 
 _MISSING: Final = re.compile(r"Object missing required field `(\w+)`")
-_AT_FIELD: Final = re.compile(r"(?s)(.*) - at `\$\.(\w+)`")
+_AT_FIELD: Final = re.compile(r"(?s)(.*) - at `\$\.(\w+)(?:\[[^\]]*\])?`")
 
 
 def _rule(complaint: str) -> str:

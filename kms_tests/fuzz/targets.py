@@ -14,7 +14,7 @@ import random
 import tempfile
 import unicodedata
 from base64 import b64encode
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from functools import cache
@@ -164,7 +164,7 @@ def _made_world() -> World:
 def _pipeline(provider: LocalMasterKeyProvider) -> RequestPipeline:
     # Only the data plane is fuzzed through it, so there is nobody to change keys.
     nobody: Any = None
-    handlers = Handlers(provider, nobody, nobody, new_data_key=lambda: os.urandom(limits.KEY_BYTES))
+    handlers = Handlers(provider, nobody, nobody, random=lambda length: os.urandom(length))
     return RequestPipeline(handlers, Authenticator(_secret(API), _secret(ADMIN)), AllowAll())
 
 
@@ -267,7 +267,9 @@ def check_edited_ciphertext(data: bytes) -> None:
 class _LocalClient:
     """What the file functions need of a client, without a server."""
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+    ) -> DataKey:
         key = os.urandom(limits.KEY_BYTES)
         return DataKey(key, world().provider.seal(key_id or "default", key, aad, Purpose.DATA_KEY))
 

@@ -396,7 +396,7 @@ def secret_objects(directory: Path) -> Iterator[tuple[str, object]]:
     yield "PlaintextReply", messages.PlaintextReply(word)
     authenticator = Authenticator(Secret(bytearray(API_TOKEN.encode())), Secret(bytearray(ADMIN_TOKEN.encode())))
     yield "Authenticator", authenticator
-    handlers = Handlers(NO_KEYS, NO_KEYS, NO_KEYS, new_data_key=lambda: KEY)
+    handlers = Handlers(NO_KEYS, NO_KEYS, NO_KEYS, random=lambda _: KEY)
     yield "Handlers", handlers
     yield "RequestPipeline", RequestPipeline(handlers, authenticator, AllowAll())
     parameters = KdfParameters(memory_kib=8, iterations=1, parallelism=1)
@@ -471,7 +471,7 @@ def test_a_bug_is_logged_without_its_text() -> None:
                 raise RuntimeError(API_TOKEN)
 
         authenticator = Authenticator(Secret(bytearray(API_TOKEN.encode())), Secret(bytearray(ADMIN_TOKEN.encode())))
-        pipeline = RequestPipeline(Broken(NO_KEYS, NO_KEYS, NO_KEYS, new_data_key=bytes), authenticator, AllowAll())
+        pipeline = RequestPipeline(Broken(NO_KEYS, NO_KEYS, NO_KEYS, random=bytes), authenticator, AllowAll())
         reply = pipeline.session(Peer(1, "unix")).serve(f'{{"type":"Health","token":"{API_TOKEN}"}}'.encode())
     finally:
         logging.getLogger("kms").removeHandler(handler)

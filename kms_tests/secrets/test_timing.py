@@ -39,7 +39,7 @@ THRESHOLD: Final = 4.5
 CROP: Final = 0.9
 TOKEN: Final = secrets.token_urlsafe(32)
 PEER: Final = Peer(1, "unix")
-NO_HANDLERS: Final = Handlers(cast(Any, None), cast(Any, None), cast(Any, None), new_data_key=bytes)
+NO_HANDLERS: Final = Handlers(cast(Any, None), cast(Any, None), cast(Any, None), random=bytes)
 """Nobody gets so far as to need one."""
 
 Probe = Callable[[Any], object]

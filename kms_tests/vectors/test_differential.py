@@ -7,7 +7,7 @@ write the same bytes. Format 2 has no writer here, so it is read only.
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
 from uuid import uuid4
@@ -156,7 +156,9 @@ class _Client:
         self._data_key = data_key
         self._nonce = nonce
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+    ) -> DataKey:
         return DataKey(self._data_key, self.wrap(aad))
 
     def wrap(self, aad: bytes) -> bytes:

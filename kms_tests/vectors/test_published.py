@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
 
@@ -48,7 +49,9 @@ def test_a_published_forgery_of_a_ciphertext_is_refused_by_both(one: dict[str, A
 class _Client:
     """A server with the one KEK."""
 
-    def generate_data_key(self, key_id: str | None = None, aad: bytes = b"") -> DataKey:
+    def generate_data_key(
+        self, key_id: str | None = None, aad: bytes = b"", *, also_key_ids: Sequence[str] = ()
+    ) -> DataKey:
         raise NotImplementedError
 
     def decrypt(self, ciphertext: bytes, aad: bytes = b"", *, source_key_id: str | None = None) -> bytes:
