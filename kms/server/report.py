@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from kms.server.listeners import Endpoint
 from kms.service.service import Service
+from kms.storage.lock import earlier_files
 from kms.wire.messages import ServerView
 
 
@@ -53,4 +55,9 @@ class Report:
             warnings.append(self.memory)
         if metrics.startswith("no metrics"):
             warnings.append(metrics)
+        kept = [path.name for path in earlier_files(self.keystore) if os.path.lexists(path)]
+        if kept:
+            warnings.append(
+                f"{', '.join(kept)}: of before a migration, with the keys of what was destroyed since; remove it"
+            )
         return warnings

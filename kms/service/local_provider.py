@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from kms.core.ciphertext import Ciphertext, Purpose
 from kms.core.kek import Kek
+from kms.core.keyring import KeyVersion, VersionStatus
 from kms.core.names import NO_SUCH_GROUP
 from kms.core.provider import KeyringHolder
 from kms.errors import DecryptionFailedError, InvalidRequestError
@@ -30,10 +33,18 @@ class LocalMasterKeyProvider:
     def open(self, sealed: Ciphertext, aad: bytes, only_of: str | None = None) -> bytes:
         """The plaintext; raises `DecryptionFailedError` whatever is wrong, also when its group is not `only_of`."""
         found = self._holder.current.groups.get(sealed.group)
-        version = None if found is None else found.versions.get(sealed.version)
-        if version is not None and version.key is not None and version.decrypts and only_of in (None, sealed.group):
-            return version.key.open(sealed, aad)
-        # Opened under a key that nobody has: how long a refusal takes does not tell an unknown, disabled or destroyed
-        # version from a wrong tag.
-        self._nobodys.open(sealed, aad)
-        raise DecryptionFailedError
+        version = _NOBODY if found is None else found.versions.get(sealed.version, _NOBODY)
+        may_open = version.decrypts and only_of in (None, sealed.group)
+        # Otherwise under a key that nobody has, by the same steps: how long a refusal takes does not tell an unknown,
+        # disabled or destroyed version from a wrong tag.
+        key = version.key if may_open else self._nobodys
+        if key is None:
+            raise DecryptionFailedError
+        plaintext = key.open(sealed, aad)
+        if not may_open:
+            raise DecryptionFailedError
+        return plaintext
+
+
+_NOBODY: Final = KeyVersion(0, VersionStatus.DISABLED, 0, None, None, b"")
+"""In the place of a version that there is not."""

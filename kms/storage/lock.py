@@ -75,9 +75,14 @@ def kept_paths(keystore: Path, version: int) -> Iterator[Path]:
         yield keystore.with_name(f"{keystore.name}.v{version}.{number}")
 
 
+def earlier_files(keystore: Path) -> Iterator[Path]:
+    """Where files of any earlier format are kept."""
+    for version in (format2.FORMAT, format3.FORMAT):
+        yield from kept_paths(keystore, version)
+
+
 def paths_beside(keystore: Path) -> Iterator[Path]:
     """What may be written beside a keystore."""
     yield usage_file.path_of(keystore)
     yield journal_path(keystore)
-    for version in (format2.FORMAT, format3.FORMAT):
-        yield from kept_paths(keystore, version)
+    yield from earlier_files(keystore)

@@ -150,32 +150,18 @@ def test_a_power_cut_in_a_save_of_the_server_leaves_the_old_or_the_new_keystore(
     assert verdict.bad is None
 
 
-def test_a_power_cut_while_the_costs_of_a_migrated_keystore_are_raised_leaves_the_old_or_the_new_one(
-    machine: Machine, how: Thorough, scratch: Path
-) -> None:
-    keystores.make_earlier(machine.keystore, 2)
-    old = machine.keystore.read_bytes()
-    before = disk.read(machine.data)
-    calls = _record(machine, "raise", str(machine.keystore))
-    new = machine.keystore.read_bytes()
-    assert b'"formatVersion":4' in new
-    verdict = check(Disk(machine.data, before), calls, _old_or_new("keystore.json", old, new), how, scratch)
-    print(f"raised costs: {verdict.states} states")
-    assert verdict.bad is None
-
-
-@pytest.mark.parametrize("version", [2, 3])
-def test_a_power_cut_in_a_migration_leaves_the_old_or_the_new_keystore(
-    machine: Machine, how: Thorough, scratch: Path, version: int
+@pytest.mark.parametrize(("name", "version"), [("migrate", 2), ("migrate", 3), ("raise", 2)])
+def test_a_power_cut_in_a_migration_also_to_higher_costs_leaves_the_old_or_the_new_keystore(
+    machine: Machine, how: Thorough, scratch: Path, name: str, version: int
 ) -> None:
     keystores.make_earlier(machine.keystore, version)
     old = machine.keystore.read_bytes()
     before = disk.read(machine.data)
-    calls = _record(machine, "migrate", str(machine.keystore))
+    calls = _record(machine, name, str(machine.keystore))
     new = machine.keystore.read_bytes()
     assert b'"formatVersion":4' in new
     verdict = check(Disk(machine.data, before), calls, _old_or_new("keystore.json", old, new), how, scratch)
-    print(f"migrate: {verdict.states} states")
+    print(f"{name}: {verdict.states} states")
     assert verdict.bad is None
 
 

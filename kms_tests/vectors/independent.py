@@ -269,6 +269,22 @@ def _sub_key(root: bytes, use: str) -> bytes:
     return hkdf(root, 32, b"", f"mini-kms/v3/{use}".encode())
 
 
+def _kdf(salt: bytes) -> dict[str, Any]:
+    return {
+        "name": "argon2id",
+        "version": 19,
+        "memoryKiB": MEMORY_KIB,
+        "iterations": ITERATIONS,
+        "parallelism": PARALLELISM,
+        "salt": _text(salt),
+    }
+
+
+def _root(kdf: dict[str, Any], passphrase: bytes) -> bytes:
+    salt, costs = b64decode(kdf["salt"]), (kdf["iterations"], kdf["memoryKiB"], kdf["parallelism"])
+    return argon2id(passphrase, salt, iterations=costs[0], memory_kib=costs[1], lanes=costs[2])
+
+
 def write_format3(groups: list[Group], generation: int, passphrase: bytes, salt: bytes, nonces: Iterator[bytes]) -> bytes:
     """A format 3 file; each of `nonces` is 12 bytes."""
     root = argon2id(passphrase, salt)
@@ -276,14 +292,7 @@ def write_format3(groups: list[Group], generation: int, passphrase: bytes, salt:
     body = {
         "formatVersion": 3,
         "generation": generation,
-        "kdf": {
-            "name": "argon2id",
-            "version": 19,
-            "memoryKiB": MEMORY_KIB,
-            "iterations": ITERATIONS,
-            "parallelism": PARALLELISM,
-            "salt": _text(salt),
-        },
+        "kdf": _kdf(salt),
         "rootCheck": _text(seal(_sub_key(root, "root-check"), next(nonces), b"mini-kms/root-check/v3", b"")),
         "keyGroups": [
             {
@@ -311,14 +320,7 @@ def write_format3(groups: list[Group], generation: int, passphrase: bytes, salt:
 def read_format3(raw: bytes, passphrase: bytes) -> tuple[int, list[Group]]:
     """Generation and groups of a format 3 file; raises `ValueError`."""
     tree = json.loads(raw)
-    kdf = tree["kdf"]
-    root = argon2id(
-        passphrase,
-        b64decode(kdf["salt"]),
-        iterations=kdf["iterations"],
-        memory_kib=kdf["memoryKiB"],
-        lanes=kdf["parallelism"],
-    )
+    root = _root(tree["kdf"], passphrase)
     if unseal(_sub_key(root, "root-check"), b64decode(tree["rootCheck"]), b"") != b"mini-kms/root-check/v3":
         raise ValueError("wrong passphrase")
     mac = tree.pop("mac")
@@ -365,14 +367,7 @@ def write_format4(
     body = {
         "formatVersion": 4,
         "generation": generation,
-        "kdf": {
-            "name": "argon2id",
-            "version": 19,
-            "memoryKiB": MEMORY_KIB,
-            "iterations": ITERATIONS,
-            "parallelism": PARALLELISM,
-            "salt": _text(salt),
-        },
+        "kdf": _kdf(salt),
         "rootCheck": _text(seal(_sub_key4(root, "root-check"), next(nonces), b"mini-kms/root-check/v4", b"")),
         "journal": identity,
         "formerJournal": None,
@@ -420,14 +415,7 @@ def _group4(group: Group, root: bytes, nonces: Iterator[bytes]) -> dict[str, Any
 def read_format4(raw: bytes, journal: bytes | None, passphrase: bytes) -> tuple[int, list[Group]]:
     """Generation and groups of a format 4 file with its journal; raises `ValueError`."""
     tree = json.loads(raw)
-    kdf = tree["kdf"]
-    root = argon2id(
-        passphrase,
-        b64decode(kdf["salt"]),
-        iterations=kdf["iterations"],
-        memory_kib=kdf["memoryKiB"],
-        lanes=kdf["parallelism"],
-    )
+    root = _root(tree["kdf"], passphrase)
     if unseal(_sub_key4(root, "root-check"), b64decode(tree["rootCheck"]), b"") != b"mini-kms/root-check/v4":
         raise ValueError("wrong passphrase")
     mac = tree.pop("mac")

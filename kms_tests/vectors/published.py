@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any, Final
+from uuid import UUID
 
 from kms_tests.vectors import independent
+from kms_tests.vectors.independent import Group, Version
 
 DIRECTORY: Final = Path(__file__).parents[2] / "docs" / "vectors"
 KEK: Final = bytes(range(32))
 DATA_KEY: Final = bytes(range(100, 132))
 SALT: Final = bytes(range(200, 232))
 _NONCE: Final = bytes(range(0xA0, 0xB8))
+_PASSPHRASE: Final = "correct horse, Übung 日本".encode()
 _CHUNK: Final = independent.CHUNK_BYTES
 
 
 def documents() -> dict[str, dict[str, Any]]:
     """Each file by its name."""
-    return {"ciphertext-03.json": _ciphertexts(), "mke2.json": _streams()}
+    return {"ciphertext-03.json": _ciphertexts(), "mke2.json": _streams(), "keystore-4.json": _keystores()}
 
 
 def content(recipe: dict[str, Any]) -> bytes:
@@ -160,6 +164,67 @@ def _streams() -> dict[str, Any]:
             *({"why": why, "file": {"pieces": listed}} for why, listed in pieces.items()),
             *({"why": why, "file": {"hex": data.hex()}} for why, data in files.items()),
         ],
+    }
+
+
+def _keystores() -> dict[str, Any]:
+    def version(number: int, status: str = "ENABLED") -> Version:
+        kek = None if status == "DESTROYED" else hashlib.sha256(b"kek %d" % number).digest()
+        return Version(number, status, 1_700_000_000 + number, kek)
+
+    default = Group("default", 1_700_000_000, 1, (version(1, "ACTIVE"),))
+    states = (version(1, "DESTROYED"), version(2, "DISABLED"), version(3), version(5, "ACTIVE"))
+    billing = Group("größe", 1_600_000_000, 5, states)
+    rotated = Group("default", 1_700_000_000, 2, (version(1), version(2, "ACTIVE")))
+    later = Group("later", 1_700_000_009, 1, (version(1, "ACTIVE"),))
+
+    def written(commits: list[list[Group]]) -> tuple[str, str | None]:
+        nonces = (hashlib.sha256(b"nonce %d" % number).digest()[:12] for number in count())
+        file, journal = independent.write_format4([default, billing], 7, _PASSPHRASE, SALT[:16], nonces, commits)
+        return file.decode(), None if journal is None else journal.decode()
+
+    alone, _ = written([])
+    file, journal = written([[rotated], [later, rotated]])
+    assert journal is not None
+    lines = journal.splitlines(keepends=True)
+    refuse: dict[str, tuple[str, str | None]] = {
+        "a name that the MAC is not over": (alone.replace("default", "Default"), None),
+        "another generation": (alone.replace('"generation":7', '"generation":8'), None),
+        "another format": (alone.replace('"formatVersion":4', '"formatVersion":5'), None),
+        "a journal that is missing": (file, None),
+        "a journal that is not named": (alone, journal),
+        "another's journal": (file, journal.replace("0badcafe-", "0badcaff-")),
+        "a line that was left out": (file, lines[0] + lines[2]),
+        "a line twice": (file, journal + lines[2]),
+        "two lines exchanged": (file, lines[0] + lines[2] + lines[1]),
+        "a line that was altered": (file, lines[0] + lines[1].replace("default", "Default") + lines[2]),
+        "a last line that was altered": (file, lines[0] + lines[1] + lines[2].replace("later", "Later")),
+        "a line whose end was taken": (file, lines[0] + lines[1].rstrip("\n") + lines[2]),
+    }
+
+    def told(groups: list[Group]) -> list[dict[str, Any]]:
+        return [
+            {
+                "keyId": group.name,
+                "keyUuid": str(UUID(bytes=group.uuid)),
+                "versions": {str(v.number): [v.status, None if v.kek is None else v.kek.hex()] for v in group.versions},
+            }
+            for group in groups
+        ]
+
+    return {
+        "about": (
+            "Keystores of format 4 of mini-kms and their journals, as the text of the files, see docs/formats.rst. Keys "
+            "are hexadecimal. Of a journal that was torn, what is not a line is not there."
+        ),
+        "passphrase": _PASSPHRASE.decode(),
+        "open": [
+            {"keystore": alone, "journal": None, "generation": 7, "keyGroups": told([default, billing])},
+            {"keystore": file, "journal": journal, "generation": 9, "keyGroups": told([rotated, billing, later])},
+            {"keystore": file, "journal": journal[:-9], "generation": 8, "keyGroups": told([rotated, billing])},
+            {"keystore": file, "journal": lines[0], "generation": 7, "keyGroups": told([default, billing])},
+        ],
+        "refuse": [{"why": why, "keystore": keystore, "journal": beside} for why, (keystore, beside) in refuse.items()],
     }
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Sequence
 from io import BytesIO
 from typing import Any
+from uuid import UUID
 
 import pytest
 
@@ -14,13 +15,15 @@ from kms.client import files
 from kms.client.protocol import DataKey
 from kms.core import ciphertext
 from kms.core.kek import Kek
+from kms.core.keyring import Keyring
 from kms.core.secret import Secret
-from kms.errors import DecryptionFailedError, InputError
+from kms.errors import DecryptionFailedError, InputError, KeystoreError
+from kms.storage import format4
 from kms_tests import keks
 from kms_tests.vectors import independent, published
 
 MADE = published.documents()
-CIPHERTEXTS, STREAMS = MADE["ciphertext-03.json"], MADE["mke2.json"]
+CIPHERTEXTS, STREAMS, KEYSTORES = MADE["ciphertext-03.json"], MADE["mke2.json"], MADE["keystore-4.json"]
 KEK = Kek(Secret(bytearray(published.KEK)))
 
 
@@ -44,6 +47,37 @@ def test_a_published_forgery_of_a_ciphertext_is_refused_by_both(one: dict[str, A
         keks.opened(KEK, blob, aad)
     with pytest.raises((ValueError, IndexError)):
         independent.open_bound_ciphertext(blob, published.KEK, aad)
+
+
+def _keyring(one: dict[str, Any]) -> Keyring:
+    raw, beside = one["keystore"].encode(), one["journal"]
+    sealed = format4.Sealed(raw, None if beside is None else beside.encode())
+    with sealed.header.derive(Secret(bytearray(KEYSTORES["passphrase"].encode()))) as root:
+        return sealed.open(root)
+
+
+@pytest.mark.parametrize("one", KEYSTORES["open"], ids=lambda one: f"generation {one['generation']}")
+def test_a_published_keystore_opens(one: dict[str, Any]) -> None:
+    keyring = _keyring(one)
+    assert keyring.generation == one["generation"]
+    assert list(keyring.groups) == [group["keyId"] for group in one["keyGroups"]]
+    for told in one["keyGroups"]:
+        group = keyring.groups[told["keyId"]]
+        assert str(UUID(bytes=group.uuid)) == told["keyUuid"]
+        assert {str(number): v.status.value for number, v in group.versions.items()} == {
+            number: status for number, (status, _) in told["versions"].items()
+        }
+        for number, (_, key) in told["versions"].items():
+            found = group.versions[int(number)].key
+            assert (found is None) == (key is None)
+            if found is not None:
+                assert keks.opened(found, keks.sealed(Kek(Secret(bytearray.fromhex(key))), b"x")) == b"x"
+
+
+@pytest.mark.parametrize("one", KEYSTORES["refuse"], ids=lambda one: one["why"])
+def test_a_published_forgery_of_a_keystore_is_refused(one: dict[str, Any]) -> None:
+    with pytest.raises(KeystoreError):
+        _keyring(one)
 
 
 class _Client:
