@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import select
 import subprocess
 import sys
 import termios
@@ -39,11 +40,13 @@ class Person:
             self.screen += seen
             os.write(self._descriptor, answer)
 
-    def leave(self) -> bytes:
-        """Everything that stood on the screen."""
+    def leave(self, after: bytes = b"") -> bytes:
+        """Everything that stood on the screen, once that ends with `after`: it shows a little later what is written."""
         self._thread.join(5)
         os.set_blocking(self._descriptor, False)
         with contextlib.suppress(BlockingIOError):
+            self.screen += os.read(self._descriptor, 4096)
+        while not self.screen.endswith(after) and select.select([self._descriptor], [], [], 10)[0]:
             self.screen += os.read(self._descriptor, 4096)
         return self.screen
 
@@ -137,7 +140,8 @@ def test_a_question_that_nobody_answers_ends_its_line(
     person = Person(terminal[0], [] if typed is None else [typed])
     with pytest.raises(click.Abort):
         prompt.confirm("It is gone then.", "remedy")
-    assert person.leave().endswith(b"Type yes to go on: \r\n")
+    monkeypatch.undo()
+    assert person.leave(b"\r\n").endswith(b"Type yes to go on: \r\n")
 
 
 def test_a_new_one_that_is_too_short_has_not_to_be_typed_again(terminal: tuple[int, int]) -> None:

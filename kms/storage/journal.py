@@ -198,12 +198,11 @@ def _is_torn(rest: bytes, mac: Mac) -> bool:
     """Whether `rest` can be what is left of a single write: a beginning of a line, or blocks that are no text."""
     if b"\n" not in rest:
         return True
-    start = rest.find(_RECORD)
-    while start >= 0:
-        end = rest.find(b"\n", start)
-        if _body(rest[start : end if end >= 0 else len(rest)], mac) is not None:
+    for line in rest.split(b"\n"):
+        # The last of a line: where a line end was lost, two are in one. Each try takes as long as what it tries.
+        start = line.rfind(_RECORD)
+        if start >= 0 and _body(line[start:], mac) is not None:
             return False
-        start = rest.find(_RECORD, start + 1)
     # A bit that flipped makes one such character, and a block that never arrived hundreds.
     return sum(1 for _ in islice(_NO_TEXT.finditer(rest.decode("utf-8", "replace")), _LEAST_GARBAGE)) == _LEAST_GARBAGE
 

@@ -48,6 +48,9 @@ class JournalFile:
         try:
             os.fsync(self._descriptor)
         except OSError as error:
+            # A second fsync would succeed, though what this one could not write is gone: who starts next must not find it.
+            with contextlib.suppress(OSError):
+                self._cut()
             raise SyncError(error.errno, error.strerror, str(self.path)) from error
         self.length += len(line)
         self.last = mac_of(line)
