@@ -12,7 +12,13 @@ import rich_click as click
 
 from kms.cli import render
 from kms.cli.options import PATH, OneOf, Settings, examples, key_argument, utf8
-from kms.cli.setup import audit_log_option, existing_passphrase, keystore_option, passphrase_file_option
+from kms.cli.setup import (
+    audit_log_option,
+    existing_passphrase,
+    keystore_option,
+    passphrase_file_option,
+    places_with_keystore,
+)
 from kms.core.policy import OF_SERVER, Operation
 from kms.errors import EXIT_BAD_INPUT, EXIT_OK, EXIT_REFUSED, ConfigError, InputMissingError
 from kms.server.config import Places
@@ -90,12 +96,9 @@ def verify_audit(
     from kms.storage.audit_reader import AuditReader
     from kms.storage.passphrases import opening_form
 
-    named = {"audit_log": audit_log, "keystore": keystore, "passphrase_file": passphrase_file}
-    places = Places(named, os.environ)
+    places = places_with_keystore(audit_log=audit_log, keystore=keystore, passphrase_file=passphrase_file)
     current = places.audit_log
     paths = [Path(file) for file in files] or [current]
-    if not os.path.lexists(places.keystore):
-        raise InputMissingError(f"there is no keystore at {places.keystore}; name it with --keystore")
     # Before anybody is asked for the passphrase.
     check_readable(paths)
     with (

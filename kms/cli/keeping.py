@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import rich_click as click
@@ -10,9 +9,7 @@ import rich_click as click
 from kms.cli import render
 from kms.cli.options import PATH, Settings, examples
 from kms.cli.prompt import confirm
-from kms.cli.setup import existing_passphrase, keystore_option, passphrase_file_option
-from kms.errors import InputMissingError
-from kms.server.config import Places
+from kms.cli.setup import existing_passphrase, keystore_option, passphrase_file_option, places_with_keystore
 
 
 @click.command(epilog=examples("kms-admin backup --out /mnt/backup/keystore-$(date +%F).json"))
@@ -30,7 +27,7 @@ def backup(settings: Settings, target: str, keystore: str | None, passphrase_fil
     from kms.storage.backup import back_up, check_target
     from kms.storage.passphrases import opening_form
 
-    places = _places(keystore, passphrase_file)
+    places = places_with_keystore(keystore=keystore, passphrase_file=passphrase_file)
     check_target(Path(target))
     with existing_passphrase(settings, places, passphrase_file) as given:
         generation = back_up(places.keystore, opening_form(places.keystore, given), Path(target))
@@ -55,7 +52,7 @@ def mend_keystore(settings: Settings, keystore: str | None, passphrase_file: str
     from kms.storage.mending import mend
     from kms.storage.passphrases import opening_form
 
-    places = _places(keystore, passphrase_file)
+    places = places_with_keystore(keystore=keystore, passphrase_file=passphrase_file)
     with KeystoreLock(places.keystore) as lock, existing_passphrase(settings, places, passphrase_file) as given:
         if not yes:
             confirm("go on without what cannot be read of the journal? Keys that were made since are lost", "add --yes")
@@ -66,10 +63,3 @@ def mend_keystore(settings: Settings, keystore: str | None, passphrase_file: str
     render.detail(settings, f"the keystore goes on from generation {mended.generation}")
     if mended.kept is not None:
         render.remark(f"the journal that was there is kept as {mended.kept}")
-
-
-def _places(keystore: str | None, passphrase_file: str | None) -> Places:
-    places = Places({"keystore": keystore, "passphrase_file": passphrase_file}, os.environ)
-    if not os.path.lexists(places.keystore):
-        raise InputMissingError(f"there is no keystore at {places.keystore}; name it with --keystore")
-    return places

@@ -288,6 +288,14 @@ def change_passphrase(
     render.detail(settings, done)
 
 
+def places_with_keystore(**named: str | None) -> Places:
+    """Where things are by these options, for what needs a keystore; raises `InputMissingError` where there is none."""
+    places = Places(named, os.environ)
+    if not os.path.lexists(places.keystore):
+        raise InputMissingError(f"there is no keystore at {places.keystore}; name it with --keystore")
+    return places
+
+
 def existing_passphrase(settings: Settings, places: Places, flag: str | None) -> Passphrase:
     """The passphrase of the keystore that is there; `flag` is what --passphrase-file named."""
     return obtain_passphrase(_wanted(settings, places, flag))

@@ -115,28 +115,26 @@ class Handlers:
         return _HEALTHY
 
     def generate_data_key(self, request: messages.GenerateDataKey) -> Reply:
-        plaintext = self._random(KEY_BYTES if request.length is None else request.length)
-        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"", _DATA_KEY)
-        return messages.DataKeyReply(plaintext, wrapped, self._wrapped_also(request, plaintext))
+        return messages.DataKeyReply(*self._new_data_key(request))
 
     def generate_data_key_without_plaintext(self, request: messages.GenerateDataKeyWithoutPlaintext) -> Reply:
-        plaintext = self._random(KEY_BYTES if request.length is None else request.length)
-        wrapped = self._master_keys.seal(group_of(request.key_id), plaintext, request.aad or b"", _DATA_KEY)
-        return messages.WrappedDataKeyReply(wrapped, self._wrapped_also(request, plaintext))
+        _, wrapped, also = self._new_data_key(request)
+        return messages.WrappedDataKeyReply(wrapped, also)
 
     def generate_random(self, request: messages.GenerateRandom) -> Reply:
         return messages.PlaintextReply(self._random(request.length))
 
-    def _wrapped_also(self, request: messages.GenerateDataKey, plaintext: bytes) -> list[bytes] | None:
-        """`plaintext` under each of the other groups that it is to be under; all of them, or the request is refused."""
+    def _new_data_key(self, request: messages.GenerateDataKey) -> tuple[bytes, bytes, list[bytes] | None]:
+        """A data key; wrapped; and under each of the other groups. All of them, or the request is refused."""
+        key, first, aad = self._random(request.length or KEY_BYTES), group_of(request.key_id), request.aad or b""
+        wrapped = self._master_keys.seal(first, key, aad, _DATA_KEY)
         if request.also_key_ids is None:
-            return None
+            return key, wrapped, None
         groups = [group_of(name) for name in request.also_key_ids]
-        if len({group_of(request.key_id), *groups}) <= len(groups):
+        if len({first, *groups}) <= len(groups):
             raise InvalidRequestError("alsoKeyIds: a key group is named twice")
-        aad = request.aad or b""
         try:
-            return [self._master_keys.seal(group, plaintext, aad, _DATA_KEY) for group in groups]
+            return key, wrapped, [self._master_keys.seal(group, key, aad, _DATA_KEY) for group in groups]
         except InvalidRequestError as error:
             raise InvalidRequestError(f"alsoKeyIds: {str(error).removeprefix('keyId: ')}") from None
 

@@ -156,20 +156,12 @@ class Usage:
             tally.decrypted += 1
         elif kind is GenerateDataKey or kind is GenerateDataKeyWithoutPlaintext:
             for other in reply.wrapped_data_keys or ():
-                kek = kek_id_of(other)
-                tally = self._table.get(kek) or self._new(kek)
-                tally.generated += 1
-                tally.last_used, tally.last_used_by = int(self.clock()), principal.name
-                self._mark(tally)
+                self._used_too(kek_id_of(other), principal).generated += 1
             kek = kek_id_of(reply.wrapped_data_key)
             tally = self._table.get(kek) or self._new(kek)
             tally.generated += 1
         elif kind is ReEncrypt:
-            kek = kek_id_of(request.ciphertext)
-            source = self._table.get(kek) or self._new(kek)
-            source.reencrypted_from += 1
-            source.last_used, source.last_used_by = int(self.clock()), principal.name
-            self._mark(source)
+            self._used_too(kek_id_of(request.ciphertext), principal).reencrypted_from += 1
             kek = kek_id_of(reply.ciphertext)
             tally = self._table.get(kek) or self._new(kek)
             tally.reencrypted_to += 1
@@ -191,6 +183,13 @@ class Usage:
 
     def _new(self, kek: bytes) -> _Tally:
         self._table[kek] = tally = _Tally((kek[1:-8].decode(), int.from_bytes(kek[-8:], "big")), Operations())
+        return tally
+
+    def _used_too(self, kek: bytes, principal: Principal) -> _Tally:
+        """A version that a request uses besides another."""
+        tally = self._table.get(kek) or self._new(kek)
+        tally.last_used, tally.last_used_by = int(self.clock()), principal.name
+        self._mark(tally)
         return tally
 
     def _mark(self, tally: _Tally) -> None:

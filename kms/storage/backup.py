@@ -35,7 +35,7 @@ def back_up(keystore: Path, passphrase: Secret, target: Path) -> int:
         opener = formats.opener(pair)
         with opener.header.derive(passphrase) as root:
             keys = wipes.enter_context(RootKeys(root))
-            keyring = opener.open(root, keys.wrap) if not isinstance(opener, format4.Sealed) else opener.open(root)
+            keyring = formats.opened(opener, root, keys)
         for key in keyring.live_keys():
             wipes.callback(key.wipe)
         content = pair.file.raw

@@ -31,7 +31,7 @@ from kms.storage.format4 import Front
 from kms.storage.journal_file import JournalFile, SyncError
 from kms.storage.lock import KeystoreLock, journal_path, kept_paths, paths_beside
 from kms.storage.root_keys import RootKeys
-from kms.storage.stored import KdfHeader
+from kms.storage.stored import KdfHeader, Opener
 
 log: Final = logging.getLogger(__name__)
 
@@ -331,46 +331,41 @@ def load(
         with opener.header.derive(passphrase) as root:
             keys = RootKeys(root)
             unless_opened.callback(keys.wipe)
-            # What is of this format is wrapped already as it is to be.
-            keyring = opener.open(root) if isinstance(opener, format4.Sealed) else opener.open(root, keys.wrap)
+            keyring = formats.opened(opener, root, keys)
         keystore = _opened(lock, pair, opener, keys, keyring, random)
         unless_opened.pop_all()
     return keystore, keyring
 
 
 def _opened(
-    lock: KeystoreLock, pair: Pair, opener: formats.AnyOpener, keys: RootKeys, keyring: Keyring, random: RandomSecret
+    lock: KeystoreLock, pair: Pair, opener: Opener, keys: RootKeys, keyring: Keyring, random: RandomSecret
 ) -> Keystore:
-    there = pair.file
-    if not isinstance(opener, format4.Sealed):
+    journal_file: JournalFile | None = None
+    trouble: KeystoreError | None = None
+    if isinstance(opener, format4.Sealed):
+        front, found, trouble = opener.front, opener.journal, opener.trouble
+        if found is not None:
+            journal_file = JournalFile(journal_path(lock.keystore), found.length, found.last, torn=found.torn)
+    else:
         front = Front(opener.header, keys.seal_check())
-        return Keystore(
-            lock,
-            there,
-            front,
-            keys,
-            keyring,
-            former_journal=_left_behind(pair),
-            replaces=Replaced(formats.version_of(there.raw), there.raw),
-            notes=opener.notes,
-            random=random,
-        )
-    found = opener.journal
-    file = None
-    if found is not None:
-        file = JournalFile(journal_path(lock.keystore), found.length, found.last, torn=found.torn)
     return Keystore(
         lock,
-        there,
-        opener.front,
+        pair.file,
+        front,
         keys,
         keyring,
-        journal_file=file,
+        journal_file=journal_file,
         former_journal=_left_behind(pair),
+        replaces=_to_be_replaced(pair, opener),
         notes=opener.notes,
-        trouble=opener.trouble,
+        trouble=trouble,
         random=random,
     )
+
+
+def _to_be_replaced(pair: Pair, opener: Opener) -> Replaced | None:
+    """The file that is there, if it is of an earlier format."""
+    return None if opener.version == format4.FORMAT else Replaced(opener.version, pair.file.raw)
 
 
 def _left_behind(pair: Pair) -> str | None:
@@ -403,8 +398,7 @@ def change_passphrase(
         if audit_log is not None:
             wipes.enter_context(handing_over(audit_log, old_keys.audit, keys.audit, generation=keyring.generation))
         front = Front(header, keys.seal_check())
-        version = formats.version_of(pair.file.raw)
-        replaces = None if version == format4.FORMAT else Replaced(version, pair.file.raw)
+        replaces = _to_be_replaced(pair, opener)
         # All of a journal goes into the file, whatever becomes of it: its MACs are under the old key.
         former = _left_behind(pair)
         Keystore(lock, pair.file, front, keys, keyring, former_journal=former, replaces=replaces).write_whole()

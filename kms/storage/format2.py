@@ -26,7 +26,6 @@ from kms.core.names import is_nameable, shown, without_surrogates
 from kms.core.secret import Secret
 from kms.errors import DecryptionFailedError, KeystoreError, WrongPassphraseError
 from kms.limits import MAX_FINDINGS_SHOWN
-from kms.storage.format3 import stored_group
 from kms.storage.stored import (
     ALTERED,
     WRONG_PASSPHRASE,
@@ -37,6 +36,7 @@ from kms.storage.stored import (
     check_mac,
     decode_json,
     from_text,
+    stored_group,
 )
 
 FORMAT: Final = 2
@@ -92,6 +92,8 @@ def _refuse(constant: str) -> None:
 
 class Sealed:
     """A format 2 file that is parsed and not yet believed; see `kms.storage.stored.Opener`."""
+
+    version: Final = FORMAT
 
     def __init__(self, raw: bytes) -> None:
         """Raises `KeystoreError` when `raw` is not of the format, or asks for an impossible key derivation."""

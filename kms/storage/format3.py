@@ -11,7 +11,6 @@ looked at. Each KEK is wrapped with AES-256-GCM, its group and version authentic
 from __future__ import annotations
 
 import hmac
-import os
 from types import TracebackType
 from typing import Final, Literal, Self
 
@@ -22,9 +21,7 @@ from kms.core import derive
 from kms.core.envelope import EnvelopeKey
 from kms.core.keyring import Keyring, KeySlot
 from kms.core.secret import Secret
-from kms.core.specs import AES_256
 from kms.errors import DecryptionFailedError, WrongPassphraseError
-from kms.limits import UUID_BYTES
 from kms.storage.stored import (
     WRONG_PASSPHRASE,
     Kdf,
@@ -35,7 +32,7 @@ from kms.storage.stored import (
     check_mac,
     decode_json,
     from_text,
-    uuid_text,
+    stored_group,
 )
 
 FORMAT: Final = 3
@@ -116,6 +113,8 @@ class Keys:
 class Sealed:
     """A format 3 file that is parsed and not yet believed; see `kms.storage.stored.Opener`."""
 
+    version: Final = FORMAT
+
     def __init__(self, raw: bytes) -> None:
         """Raises `KeystoreError` when `raw` is not of the format, or asks for an impossible key derivation."""
         self._document = decode_json(raw, _decoder)
@@ -146,9 +145,3 @@ class Sealed:
 def _stored(group: _Group) -> StoredGroup:
     versions = [StoredVersion(v.version, v.status, v.created_at_epoch_sec, v.wrapped_kek) for v in group.versions]
     return stored_group(group.key_id, group.created_at_epoch_sec, group.active_version, versions)
-
-
-def stored_group(key_id: str, created_at: int, active_version: int, versions: list[StoredVersion]) -> StoredGroup:
-    """A group of a format that knew one kind of keys, and no UUIDs: it gets one."""
-    uuid = uuid_text(os.urandom(UUID_BYTES))
-    return StoredGroup(key_id, uuid, AES_256.name, AES_256.uses[0].value, created_at, active_version, versions)

@@ -147,6 +147,8 @@ def _to_write(group: KeyGroup) -> _GroupToWrite:
 class Sealed:
     """A format 4 file that is parsed and not yet believed; see `kms.storage.stored.Opener`."""
 
+    version: Final = FORMAT
+
     def __init__(self, raw: bytes, beside: bytes | None, *, salvages: bool = False) -> None:
         """`beside` is the journal that is there, None where there is none; who `salvages` takes what is left of it.
 

@@ -8,14 +8,15 @@ from typing import Final
 import msgspec
 from msgspec import Struct
 
+from kms.core.keyring import Keyring
+from kms.core.secret import Secret
 from kms.errors import KeystoreError
 from kms.storage import format2, format3, format4, journal
 from kms.storage.content import Pair
-from kms.storage.stored import decode_json
+from kms.storage.root_keys import RootKeys
+from kms.storage.stored import Opener, decode_json
 
-AnyOpener = format2.Sealed | format3.Sealed | format4.Sealed
-
-_OPENERS: Final[Mapping[int, Callable[[Pair, bool], AnyOpener]]] = {
+_OPENERS: Final[Mapping[int, Callable[[Pair, bool], Opener]]] = {
     format2.FORMAT: lambda pair, _: format2.Sealed(pair.file.raw),
     format3.FORMAT: lambda pair, _: format3.Sealed(pair.file.raw),
     format4.FORMAT: lambda pair, salvages: format4.Sealed(pair.file.raw, pair.journal_raw, salvages=salvages),
@@ -34,8 +35,8 @@ def version_of(raw: bytes) -> int:
     return decode_json(raw, _head_decoder).format_version
 
 
-def opener(pair: Pair, *, salvages: bool = False) -> AnyOpener:
-    """What opens a keystore: see `kms.storage.stored.Opener`. Raises `KeystoreError` when it is of no known format."""
+def opener(pair: Pair, *, salvages: bool = False) -> Opener:
+    """What opens a keystore; raises `KeystoreError` when it is of no known format."""
     version = version_of(pair.file.raw)
     make = _OPENERS.get(version)
     if make is None:
@@ -46,3 +47,9 @@ def opener(pair: Pair, *, salvages: bool = False) -> AnyOpener:
     if version != format4.FORMAT:
         journal.check_unnamed(pair.journal_raw)
     return make(pair, salvages)
+
+
+def opened(opener: Opener, root: Secret, keys: RootKeys) -> Keyring:
+    """The keyring under `root`, its keys wrapped as the present format has them; raises as `Opener.open`."""
+    # What is of that format is wrapped so already.
+    return opener.open(root) if isinstance(opener, format4.Sealed) else opener.open(root, keys.wrap)

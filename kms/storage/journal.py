@@ -38,7 +38,7 @@ T = TypeVar("T")
 Mac = Callable[[bytes], bytes]
 """HMAC-SHA256 under the key for journals: 32 bytes."""
 
-MISSING: Final = (
+_MISSING: Final = (
     "its journal is missing, and with it the changes since generation {0}: put it back beside it. If it is lost for good, "
     "kms-admin mend-keystore goes on without it"
 )
@@ -123,7 +123,7 @@ def read(raw: bytes | None, named: Named, mac: Mac) -> Journal | None:
     """
     if raw is None:
         if named.current is not None:
-            raise KeystoreError(MISSING.format(named.generation))
+            raise KeystoreError(_MISSING.format(named.generation))
         return None
     mine = claimed(raw)
     if mine is not None and mine == named.former:

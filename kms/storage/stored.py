@@ -6,6 +6,7 @@ Binary fields stay base64 *text* until what holds them is authenticated, so that
 from __future__ import annotations
 
 import hmac
+import os
 from base64 import b64decode, b64encode
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -20,9 +21,9 @@ from kms.core.derive import KdfParameters
 from kms.core.keyring import KeyGroup, Keyring, KeySlot, KeyVersion, VersionStatus
 from kms.core.names import is_possible_name
 from kms.core.secret import Secret
-from kms.core.specs import SPECS
+from kms.core.specs import AES_256, SPECS
 from kms.errors import DecryptionFailedError, KeystoreError
-from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP
+from kms.limits import MAX_KEY_GROUPS, MAX_VERSION, MAX_VERSIONS_PER_GROUP, UUID_BYTES
 
 ALTERED: Final = "the keystore was altered or damaged; nothing was changed. Put back a good copy"
 WRONG_PASSPHRASE: Final = "wrong passphrase for this keystore; nothing was changed"  # noqa: S105 - a message
@@ -88,10 +89,21 @@ class StoredGroup(Struct, forbid_unknown_fields=True, rename="camel", gc=False):
     versions: list[StoredVersion]
 
 
+def stored_group(key_id: str, created_at: int, active_version: int, versions: list[StoredVersion]) -> StoredGroup:
+    """A group of a format that knew one kind of keys, and no UUIDs: it gets one."""
+    uuid = uuid_text(os.urandom(UUID_BYTES))
+    return StoredGroup(key_id, uuid, AES_256.name, AES_256.uses[0].value, created_at, active_version, versions)
+
+
 class Opener(Protocol):
     """A keystore file that is parsed and not yet believed: `header` may be used, then `open` tells the rest."""
 
     header: KdfHeader
+
+    @property
+    def version(self) -> int:
+        """The number of its format."""
+        ...
 
     @property
     def notes(self) -> list[str]:

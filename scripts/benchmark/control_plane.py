@@ -23,6 +23,7 @@ from kms.limits import UUID_BYTES
 from kms.storage.file import Keystore, initialise
 from kms.storage.lock import KeystoreLock
 from kms_tests.integration.processes import PASSPHRASE, Server
+from kms_tests.keks import group_of as made_group
 from scripts.benchmark.processes import Bench, resident_mib, spread
 from scripts.benchmark.turns import encoded, prepare
 
@@ -104,7 +105,7 @@ def group_of(keystore: Keystore, name: str, count: int) -> KeyGroup:
         status = VersionStatus.ACTIVE if number == count else VersionStatus.ENABLED
         key, wrapped = keystore.mint(KeySlot(name, uuid, AES_256, number))
         versions[number] = KeyVersion.build(name, number, status, now, wrapped, key)
-    return KeyGroup(name, uuid, AES_256, AES_256.uses[0], now, versions[count], versions)
+    return made_group(name, versions, created_at=now, uuid=uuid)
 
 
 def rotations(server: Server) -> list[bytes]:
