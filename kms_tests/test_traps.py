@@ -19,26 +19,21 @@ from kms.core.keyring import EMPTY, CreateGroup, KeyGroup, Keyring, KeyVersion, 
 from kms.errors import ConfigError, InvalidRequestError, KeystoreError
 from kms.limits import MAX_FRAME_BYTES
 from kms.server.config import resolve
-from kms.storage import format2, format3
+from kms.storage import format2, format3, format4
 from kms.wire.framing import Framer
 from kms.wire.messages import UndecodableRequestError, decode_request
 from kms_tests.budget import within_budget
-from kms_tests.fuzz.targets import encode2, encode3, encode4, open2, open3, open4, reseal2, reseal3, reseal4
+from kms_tests.fuzz import targets
 from kms_tests.in_memory import Server, mint, text
 from kms_tests.keks import group_of, slot
 
 Opener = Callable[[bytes], Keyring]
 Resealer = Callable[[dict[str, Any]], bytes]
 
-KEYSTORES = [
-    pytest.param(encode4(), open4, id="format 4"),
-    pytest.param(encode3(), open3, id="format 3"),
-    pytest.param(encode2(), open2, id="format 2"),
-]
+KEYSTORES = [pytest.param(one.encode(), one.open, id=f"format {number}") for number, one in targets.KEYSTORES.items()]
 RESEALED = [
-    pytest.param(encode4(), reseal4, open4, "keyId", id="format 4"),
-    pytest.param(encode3(), reseal3, open3, "keyId", id="format 3"),
-    pytest.param(encode2(), reseal2, open2, "id", id="format 2"),
+    pytest.param(one.encode(), one.reseal, one.open, one.name, id=f"format {number}")
+    for number, one in targets.KEYSTORES.items()
 ]
 HUGE = "9" * 100_000
 """Past what Python converts at all (`sys.get_int_max_str_digits`)."""
@@ -163,14 +158,25 @@ def test_a_keystore_in_another_encoding_is_refused(raw: bytes, open_: Opener, en
         open_(raw.decode().encode(encoding))
 
 
+def _parse4(raw: bytes) -> format4.Sealed:
+    return format4.Sealed(raw, None)
+
+
 @pytest.mark.parametrize(
     ("raw", "parse", "surrogate"),
     [
-        (encode3(), format3.Sealed, b"\\ud800"),
-        (encode3(), format3.Sealed, b"\\udc00\\ud800"),
         *(
             (raw, parse, surrogate)
-            for raw, parse in [(encode3(), format3.Sealed), (encode2(), format2.Sealed)]
+            for raw, parse in [(targets.encode4(), _parse4), (targets.encode3(), format3.Sealed)]
+            for surrogate in (b"\\ud800", b"\\udc00\\ud800")
+        ),
+        *(
+            (raw, parse, surrogate)
+            for raw, parse in [
+                (targets.encode4(), _parse4),
+                (targets.encode3(), format3.Sealed),
+                (targets.encode2(), format2.Sealed),
+            ]
             for surrogate in (b"\xed\xa0\x80", b"\xff", b"\xc1\xa1", b"\xf4\x90\x80\x80")
         ),
     ],

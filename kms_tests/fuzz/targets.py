@@ -21,7 +21,7 @@ from functools import cache
 from io import BytesIO
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from unittest import mock
 
 from kms import limits
@@ -474,6 +474,16 @@ def _check_keystore(data: bytes, open_: Callable[[bytes], Keyring], made: bytes)
         raise ForgedError("a keystore loaded that nobody made")
 
 
+class KeystoreFormat(NamedTuple):
+    """How a keystore of one format is made, made anew from its tree under a right MAC, and opened."""
+
+    encode: Callable[[], bytes]
+    reseal: Callable[[dict[str, Any]], bytes]
+    open: Callable[[bytes], Keyring]
+    name: str
+    """The field that has the name of a group."""
+
+
 def check_keystore4(data: bytes) -> None:
     """A format 4 file loads only as the keyring that was saved."""
     _check_keystore(data, open4, encode4())
@@ -756,6 +766,13 @@ def _config_seeds() -> list[bytes]:
 def _ciphertext_seeds() -> list[bytes]:
     return [*world().ciphertexts, *world().closed]
 
+
+KEYSTORES: Final = {
+    4: KeystoreFormat(encode4, reseal4, open4, "keyId"),
+    3: KeystoreFormat(encode3, reseal3, open3, "keyId"),
+    2: KeystoreFormat(encode2, reseal2, open2, "id"),
+}
+"""Every format that is read, by its number."""
 
 TARGETS: Final = {
     "stream": Target(check_stream, lambda: [*_REQUESTS, b"\r\n".join(_REQUESTS), b"\n \n{}\r\n\r"], 1 << 12),

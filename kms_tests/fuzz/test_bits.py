@@ -16,24 +16,15 @@ from kms.errors import KeystoreError, WrongPassphraseError
 from kms_tests.fuzz.targets import (
     AAD,
     DECRYPTION_FAILED,
+    KEYSTORES,
     decrypt_line,
-    encode2,
-    encode3,
-    encode4,
-    open2,
-    open3,
-    open4,
     world,
 )
 from kms_tests.in_memory import PEER, Server, text
 
 CIPHERTEXTS = 100
 NAMES = ["default", "billing", "a", "x" * 64]
-FORMATS = [
-    pytest.param(encode4(), open4, id="format 4"),
-    pytest.param(encode3(), open3, id="format 3"),
-    pytest.param(encode2(), open2, id="format 2"),
-]
+FORMATS = [pytest.param(one.encode(), one.open, id=f"format {number}") for number, one in KEYSTORES.items()]
 
 
 def flipped(data: bytes) -> Iterator[bytes]:

@@ -18,15 +18,10 @@ from kms.wire.framing import Framer
 from kms_tests.budget import BUDGET, SlowError, within_budget
 from kms_tests.fuzz.targets import (
     API,
+    KEYSTORES,
     LONG_LINES,
     check_long_line,
     check_request,
-    encode2,
-    encode3,
-    encode4,
-    open2,
-    open3,
-    open4,
     stretch,
 )
 
@@ -95,7 +90,7 @@ def test_a_frame_in_many_pieces_is_put_together_in_time(piece: int) -> None:
     within_budget(feed)
 
 
-@pytest.mark.parametrize(("number", "open_", "made"), [(4, open4, encode4()), (3, open3, encode3()), (2, open2, encode2())])
+@pytest.mark.parametrize(("number", "open_", "made"), [(n, one.open, one.encode()) for n, one in KEYSTORES.items()])
 @pytest.mark.parametrize("shape", KEYSTORE_SHAPES)
 def test_a_megabyte_that_is_no_keystore_is_refused_in_time(
     number: int, open_: Callable[[bytes], object], made: bytes, shape: bytes

@@ -21,19 +21,14 @@ from hypothesis import strategies as st
 from kms.core.keyring import Keyring
 from kms_tests.budget import within_budget
 from kms_tests.fuzz.targets import (
+    KEYSTORES,
     check_ciphertext,
     check_container,
     check_legal,
     check_reencrypt,
     containers,
-    encode2,
-    encode3,
     encode4,
-    open2,
-    open3,
     open4,
-    reseal2,
-    reseal3,
     reseal4,
     world,
 )
@@ -41,11 +36,7 @@ from kms_tests.fuzz.targets import (
 Path = tuple[str | int, ...]
 Tree = Any
 
-FORMATS = [
-    pytest.param(encode4(), reseal4, open4, id="format 4"),
-    pytest.param(encode3(), reseal3, open3, id="format 3"),
-    pytest.param(encode2(), reseal2, open2, id="format 2"),
-]
+FORMATS = [pytest.param(one.encode(), one.reseal, one.open, id=f"format {number}") for number, one in KEYSTORES.items()]
 SHORT, LONG = 400, 100_000
 
 hostile = st.one_of(

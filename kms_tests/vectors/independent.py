@@ -328,22 +328,7 @@ def read_format3(raw: bytes, passphrase: bytes) -> tuple[int, list[Group]]:
         raise ValueError("wrong MAC")
     wrap = _sub_key(root, "wrap-kek")
     groups = [
-        Group(
-            group["keyId"],
-            group["createdAtEpochSec"],
-            group["activeVersion"],
-            tuple(
-                Version(
-                    v["version"],
-                    v["status"],
-                    v["createdAtEpochSec"],
-                    None
-                    if v["wrappedKek"] is None
-                    else unseal(wrap, b64decode(v["wrappedKek"]), _slot(group["keyId"], v["version"])),
-                )
-                for v in group["versions"]
-            ),
-        )
+        _group(group, "wrappedKek", lambda slot, number, wrapped: unseal(wrap, wrapped, _slot(slot["keyId"], number)))
         for group in tree["keyGroups"]
     ]
     return tree["generation"], groups
@@ -443,6 +428,14 @@ def read_format4(raw: bytes, journal: bytes | None, passphrase: bytes) -> tuple[
 
 def _read4(group: dict[str, Any], root: bytes) -> Group:
     wrap, uuid = _sub_key4(root, "wrap-kek"), UUID(group["keyUuid"]).bytes
+    return _group(
+        group,
+        "wrappedKey",
+        lambda slot, number, wrapped: committing_unseal(wrap, wrapped, _slot4(slot["keyId"], number, uuid)),
+    )
+
+
+def _group(group: dict[str, Any], field: str, unwrap: Callable[[dict[str, Any], int, bytes], bytes]) -> Group:
     return Group(
         group["keyId"],
         group["createdAtEpochSec"],
@@ -452,9 +445,7 @@ def _read4(group: dict[str, Any], root: bytes) -> Group:
                 v["version"],
                 v["status"],
                 v["createdAtEpochSec"],
-                None
-                if v["wrappedKey"] is None
-                else committing_unseal(wrap, b64decode(v["wrappedKey"]), _slot4(group["keyId"], v["version"], uuid)),
+                None if v[field] is None else unwrap(group, v["version"], b64decode(v[field])),
             )
             for v in group["versions"]
         ),
